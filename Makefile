@@ -1,0 +1,36 @@
+# Two commands from a fresh clone: `make reproduce` and `make test`. Both fill .venv on first use.
+PYTHON ?= python3
+PARAMS ?= params/cpu.yaml
+BIN := .venv/bin
+
+.PHONY: reproduce test test-fast lab reference clean
+
+reproduce: .venv/installed
+	$(BIN)/python -m srlib run $(PARAMS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m "not notebooks and not extra"
+
+lab: .venv/installed
+	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+# One full CPU run, kept in outputs/reference/ and shown in the README.
+reference: reproduce
+	mkdir -p outputs/reference
+	cp outputs/cpu/05_evaluate/results.json outputs/cpu/05_evaluate/accuracy_by_share.png outputs/cpu/manifest.json outputs/reference/
+
+# The environment and every run but the reference.
+clean:
+	rm -rf .venv srlib.egg-info .pytest_cache .hypothesis
+	find outputs -mindepth 1 -maxdepth 1 ! -name reference ! -name README.md -exec rm -rf {} +
+	find srlib tests -name __pycache__ -prune -exec rm -rf {} +
+
+# torch first: the rest then takes the build that is there.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable .[dev]
+	touch $@

@@ -1,0 +1,208 @@
+"""The arithmetic world: problems, worked traces, a tokenizer, and a small and a big model.
+
+A problem is a chain such as `37+5*7-8?`, computed from left to right modulo 100. Its trace
+writes every step, `<think>37+5=42;42*7=94;94-8=86;</think>\\boxed{86}`. Sums are easy for a
+tiny model and products are not, so difficulty sits in a few tokens, as in real traces.
+
+The models have the Qwen2 architecture and are trained here from scratch, in about two minutes
+on two cores; everything downstream loads them as it would load models from a hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from srlib import problems
+from srlib.params import Arith, ArithModel
+from srlib.problems import Problem
+
+MODULUS = 100
+EOS, THINK, END_THINK = "<|endoftext|>", "<think>", "</think>"
+OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+# A problem belongs to one split by the hash of its text, so no two splits can share one.
+SPLITS = {"train": range(0, 80), "traces": range(80, 90), "test": range(90, 100)}
+
+
+def split_of(prompt: str) -> str:
+    """The split that `prompt` belongs to, whatever the seed."""
+    bucket = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4]) % 100
+    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+
+
+def generate(config: Arith, split: str, seed: int) -> Iterator[Problem]:
+    """Distinct problems of one split, without end; `meta` holds the operations and their number."""
+    rng = random.Random(f"{split}-{seed}")
+    seen: set[str] = set()
+    while True:
+        value = rng.randint(1, MODULUS - 1)
+        prompt, steps, operations = str(value), [], []
+        for _ in range(rng.randint(config.min_steps, config.max_steps)):
+            operation = "*" if rng.random() < config.product_share else rng.choice("+-")
+            operand = rng.randint(2, config.max_factor if operation == "*" else 9)
+            result = OPERATIONS[operation](value, operand) % MODULUS
+            prompt += f"{operation}{operand}"
+            steps.append(f"{value}{operation}{operand}={result};")
+            operations.append(operation)
+            value = result
+        prompt += "?"
+        if prompt in seen or split_of(prompt) != split:
+            continue
+        seen.add(prompt)
+        trace = f"{THINK}{''.join(steps)}{END_THINK}\\boxed{{{value}}}"
+        meta = {"operations": "".join(operations), "steps": len(steps)}
+        yield Problem(id=f"{split}-{len(seen) - 1}", prompt=prompt, answer=str(value), trace=trace, meta=meta)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Character-level tokenizer over printable ASCII; `<think>` and `</think>` are one token each."""
+    characters = [chr(code) for code in range(32, 127)]
+    vocabulary = {token: i for i, token in enumerate([EOS, THINK, END_THINK, *characters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken(EOS, special=True)])
+    backend.add_tokens([AddedToken(THINK), AddedToken(END_THINK)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS,
+        pad_token=EOS,
+        clean_up_tokenization_spaces=False,
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )
+
+
+def model(config: ArithModel, vocabulary: int, seed: int) -> Qwen2ForCausalLM:
+    """An untrained model; head size 32 keeps it loadable by every engine."""
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocabulary,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def train(network: Qwen2ForCausalLM, config: Arith, shape: ArithModel, seed: int, name: str) -> list[float]:
+    """Train on fresh problems of the `train` split, loss on the trace alone.
+
+    Muon for the matrices inside the layers, AdamW for embeddings, norms and biases, both with a
+    linear decay: at this size it needs about a third of the steps of AdamW alone.
+
+    Returns:
+        the loss of every step, in nats a token.
+    """
+    encode = tokenizer()
+    stream = generate(config, "train", seed)
+    named = list(network.named_parameters())
+    matrices = [p for key, p in named if p.ndim == 2 and "embed" not in key]
+    others = [p for key, p in named if p.ndim != 2 or "embed" in key]
+    optimizers = [
+        torch.optim.Muon(matrices, shape.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, shape.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+    warmup = 20
+    schedule = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i + 1) / warmup, 1 - i / shape.train_steps)) for o in optimizers
+    ]
+    network.train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at this size a second thread costs more than it gives
+    losses = []
+    progress = tqdm(range(shape.train_steps), desc=f"train {name}", mininterval=1)
+    for _ in progress:
+        batch = [next(stream) for _ in range(config.batch_size)]
+        loss = network(**_collate(encode, batch)).loss
+        loss.backward()
+        clip_grad_norm_(network.parameters(), 1.0)
+        for part in (*optimizers, *schedule):
+            part.step()
+        network.zero_grad()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    torch.set_num_threads(threads)
+    network.eval()
+    return losses
+
+
+def make_pair(config: Arith, seed: int, folder: Path) -> dict[str, list[float]]:
+    """Train the small and the big model and save each, with its tokenizer, under `folder`.
+
+    Returns:
+        the losses of `small` and `big`.
+    """
+    encode = tokenizer()
+    losses = {}
+    for name, shape in (("small", config.small), ("big", config.big)):
+        network = model(shape, len(encode), seed)
+        losses[name] = train(network, config, shape, seed, name)
+        network.save_pretrained(folder / name)
+        encode.save_pretrained(folder / name)
+    return losses
+
+
+def write_problems(config: Arith, seed: int, folder: Path) -> None:
+    """Write `traces.jsonl` (for annotation) and `test.jsonl` (unseen problems) under `folder`."""
+    for split, n in (("traces", config.n_traces), ("test", config.n_test)):
+        stream = generate(config, split, seed)
+        problems.write_jsonl(folder / f"{split}.jsonl", (next(stream) for _ in range(n)))
+
+
+def step_table(batch: list[Problem], texts: list[str]) -> dict[str, tuple[int, int]]:
+    """`step_accuracy` summed over problems and what a model wrote for each."""
+    counts = [step_accuracy(problem.trace, text) for problem, text in zip(batch, texts)]
+    return {operation: tuple(map(sum, zip(*(c[operation] for c in counts)))) for operation in OPERATIONS}
+
+
+def step_accuracy(trace: str, written: str) -> dict[str, tuple[int, int]]:
+    """For each operation, how many of the steps of `written` are right, and how many there are.
+
+    A step is right if its result is that of its own operands: an error is counted where it is
+    made, not where it is carried on. Steps that cannot be read count for nothing.
+    """
+    counts = {operation: (0, 0) for operation in OPERATIONS}
+    for wanted, step in zip(_steps(trace), _steps(written)):
+        operation = next((o for o in OPERATIONS if o in wanted), None)
+        left, equals, result = step.partition("=")
+        first, sign, second = left.partition(operation)
+        if not (equals and sign and first.isdigit() and second.isdigit()):
+            continue
+        right, total = counts[operation]
+        expected = OPERATIONS[operation](int(first), int(second)) % MODULUS
+        counts[operation] = (right + (result == str(expected)), total + 1)
+    return counts
+
+
+def _steps(trace: str) -> list[str]:
+    return trace.partition(THINK)[2].partition(END_THINK)[0].split(";")[:-1]
+
+
+def _collate(encode: PreTrainedTokenizerFast, batch: list[Problem]) -> dict[str, torch.Tensor]:
+    """Right-padded ids (B, T) and labels (B, T); causal attention needs no mask for padding at the end."""
+    ids, labels = [], []
+    for problem in batch:
+        prompt = problems.encode_prompt(encode, problem.prompt)
+        trace = encode.encode(problem.trace) + [encode.eos_token_id]
+        ids.append(torch.tensor(prompt + trace))
+        labels.append(torch.tensor([-100] * len(prompt) + trace))
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=encode.pad_token_id),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }

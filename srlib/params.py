@@ -1,0 +1,314 @@
+"""Typed parameters of every stage, read from one YAML file and checked before any work.
+
+A file in `params/` is a scale: the same notebooks run on a laptop or on a node, and only
+the file differs. This module knows names, types and limits; it knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from rapidfuzz import fuzz, process
+
+from srlib import SrlibError
+
+ROOT = Path(__file__).resolve().parents[1]  # the clone: holds params/, notebooks/, outputs/
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelSpec(Section):
+    """Where a model is and how it is loaded."""
+
+    path: str | None = Field(None, description="folder or hub name; empty: the one stage 00 trains")
+    adapter: str | None = Field(None, description="folder of a LoRA adapter to lay on top")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class Pair(Section):
+    small: ModelSpec = ModelSpec()
+    big: ModelSpec = ModelSpec()
+
+
+class ArithModel(Section):
+    """One model of the arithmetic pair, Qwen2 architecture, and how long it is trained."""
+
+    hidden_size: int = Field(32, ge=8)
+    num_hidden_layers: int = Field(3, ge=1)
+    num_attention_heads: int = Field(1, ge=1)
+    intermediate_size: int = Field(64, ge=8)
+    train_steps: int = Field(800, ge=1)
+    learning_rate: float = Field(1e-2, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ArithModel:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        return self
+
+
+class Arith(Section):
+    """The arithmetic world: how hard its problems are, how many, and the two models."""
+
+    min_steps: int = Field(3, ge=1, le=20)
+    max_steps: int = Field(5, ge=1, le=20)
+    product_share: float = Field(0.4, ge=0, le=1, description="probability that an operation is a product")
+    max_factor: int = Field(15, ge=2, le=99, description="largest factor in a product")
+    n_traces: int = Field(4000, ge=1, description="worked traces written for annotation")
+    n_test: int = Field(1000, ge=1, description="unseen problems written for evaluation")
+    batch_size: int = Field(32, ge=1)
+    small: ArithModel = ArithModel()
+    big: ArithModel = ArithModel(
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=256,
+        train_steps=1100,
+        learning_rate=5e-3,
+    )
+
+    @model_validator(mode="after")
+    def _steps_ordered(self) -> Arith:
+        if self.min_steps > self.max_steps:
+            raise ValueError(f"min_steps {self.min_steps} is above max_steps {self.max_steps}")
+        return self
+
+
+class Data(Section):
+    """JSONL files of problems; empty: what stage 00 writes."""
+
+    traces: str | None = Field(None, description="worked traces to annotate")
+    test: str | None = Field(None, description="unseen problems")
+
+
+class Annotate(Section):
+    method: Literal["gap"] = "gap"
+    n_traces: int = Field(4000, ge=1)
+    threshold: float = Field(0.5, gt=0, description="gap of log-probabilities that marks a token, in nats")
+    merge_gap: int = Field(0, ge=0, description="marks this many tokens apart, or fewer, become one span")
+    max_span_tokens: int = Field(16, ge=1)
+    max_share: float = Field(0.3, gt=0, le=1, description="most of a trace that may be marked, in tokens")
+    batch_size: int = Field(128, ge=1)
+
+
+class Sft(Section):
+    tags: Literal["token", "plain"] = Field("token", description="a tag is one added token, or plain text")
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    epochs: float = Field(3, gt=0)
+    batch_size: int = Field(32, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(3e-3, gt=0)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    loss_inside_spans: bool = Field(True, description="also train on the tokens the big model will write")
+    max_length: int = Field(1024, ge=16)
+    n_watch: int = Field(256, ge=1, description="unseen problems on which the tuned model is watched")
+
+
+class Offload(Section):
+    max_tokens: int = Field(96, ge=1, description="most tokens of one trace, tags included")
+    span_budget: int = Field(8, ge=1, description="most tokens the big model writes in one span")
+    control_chunk: int = Field(1, ge=1, description="big tokens between two looks of the small model")
+    batch_size: int = Field(64, ge=1, description="traces written at the same time")
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n_demo: int = Field(64, ge=1, description="problems in the batch of notebook 04")
+
+
+class Evaluate(Section):
+    n_problems: int = Field(1000, ge=2)
+    samples_per_problem: int = Field(1, ge=1)
+    random_shares: list[float] = [0.05, 0.1, 0.2, 0.4, 0.7]
+    random_chunk: int = Field(4, ge=1, description="tokens one owner writes in a row under the random policy")
+
+    @model_validator(mode="after")
+    def _shares(self) -> Evaluate:
+        for share in self.random_shares:
+            if not 0 < share < 1:
+                raise ValueError(f"random_shares holds {share}, which is not between 0 and 1")
+        return self
+
+
+class Params(Section):
+    """Everything a run depends on. Each field is one section of the YAML file."""
+
+    run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the folder in outputs/")
+    seed: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice")
+    outputs: str = Field("outputs", description="folder that holds the runs")
+    pair: Pair = Pair()
+    data: Data = Data()
+    arith: Arith = Arith()
+    annotate: Annotate = Annotate()
+    sft: Sft = Sft()
+    offload: Offload = Offload()
+    evaluate: Evaluate = Evaluate()
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder; a relative `outputs` is taken from the clone."""
+        return ROOT / self.outputs / self.run
+
+    def stage_dir(self, stage: str) -> Path:
+        """The folder of a stage's artefacts, made if it is not there."""
+        folder = self.run_dir / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def small(self) -> ModelSpec:
+        """The small model as it is before fine-tuning."""
+        return self._resolve(self.pair.small, "small")
+
+    @property
+    def tuned(self) -> ModelSpec:
+        """The small model with the adapter of stage 02 on top."""
+        return self.small.model_copy(update={"adapter": str(self.run_dir / "02_sft" / "adapter")})
+
+    @property
+    def big(self) -> ModelSpec:
+        return self._resolve(self.pair.big, "big")
+
+    @property
+    def traces(self) -> Path:
+        return self._data(self.data.traces, "traces.jsonl")
+
+    @property
+    def test(self) -> Path:
+        return self._data(self.data.test, "test.jsonl")
+
+    @property
+    def annotated(self) -> Path:
+        return self.run_dir / "01_annotate" / "annotated.jsonl"
+
+    def _resolve(self, spec: ModelSpec, name: str) -> ModelSpec:
+        path = spec.path or str(self.run_dir / "00_arith_pair" / name)
+        local = find(path)
+        return spec.model_copy(update={"path": str(local) if local else path})
+
+    def _data(self, given: str | None, name: str) -> Path:
+        if given is None:
+            return self.run_dir / "00_arith_pair" / name
+        return find(given) or Path(given)
+
+
+def find(path: str | Path) -> Path | None:
+    """`path` as it is seen from here or, failing that, from the clone; None if in neither."""
+    return next((p for p in (Path(path), ROOT / path) if p.exists()), None)
+
+
+def load(path: str | Path, **overrides: Any) -> Params:
+    """Read a params file and check every value.
+
+    Args:
+        path: YAML file, relative to the working folder or to the clone.
+        **overrides: values laid on top; a name may be dotted, as `**{"sft.epochs": 1}`, and a
+            mapping replaces only the keys it names.
+
+    Raises:
+        SrlibError: the file is not there or not YAML, a key is unknown (the nearest valid one
+            is named), a value has the wrong type or is impossible.
+    """
+    found = find(path)
+    if found is None or not found.is_file():
+        near = nearest(Path(path).name, [p.name for p in (ROOT / "params").glob("*.yaml")])
+        raise SrlibError(f"There is no params file {path}{near and f'; did you mean params/{near}?'}")
+    try:
+        values = yaml.safe_load(found.read_text())
+    except yaml.YAMLError as error:
+        raise SrlibError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SrlibError(f"{path} holds {type(values).__name__}, but a params file is a mapping of sections.")
+    for key, value in overrides.items():
+        _lay(values, key.split("."), value)
+    return build(values, str(path))
+
+
+def build(values: dict[str, Any], source: str) -> Params:
+    """Check `values`; `source` is named in the error."""
+    try:
+        return Params(**values)
+    except ValidationError as error:
+        raise SrlibError(f"{source}: {_explain(error.errors()[0])}") from None
+
+
+def from_notebook(scope: dict[str, Any]) -> Params:
+    """The parameters of a notebook, from what its `parameters` cell and papermill left in `scope`.
+
+    By hand, `params_file` is read. papermill's `-f params/x.yaml` puts every key of that file
+    into the notebook: as such a file always names its `run`, it is then used alone, and
+    `params_file` is not read. Single values (`-p seed 1`) are laid on top of `params_file`.
+
+    Raises:
+        SrlibError: as `load`; also for a name papermill was given that is no parameter.
+    """
+    for cell in scope.get("In", []):
+        if cell.startswith("# Parameters"):  # papermill's own cell: it only warns of unknown names
+            names = [t.id for node in ast.parse(cell).body if isinstance(node, ast.Assign) for t in node.targets]
+            for name in names:
+                if name != "params_file" and name not in Params.model_fields:
+                    raise SrlibError(f"papermill: {_unknown(name, list(Params.model_fields))}")
+    given = {name: scope[name] for name in Params.model_fields if scope.get(name) is not None}
+    if "run" in given:
+        return build(given, "papermill's parameters")
+    return load(scope["params_file"], **given)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`"sft.epochs=1"` to `("sft.epochs", 1)`; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise SrlibError(f"--set {text!r} is not of the form section.key=value")
+    return key, yaml.safe_load(value)
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """The one of `names` most like `name`, or an empty string if none is alike."""
+    match = process.extractOne(name, names, scorer=fuzz.WRatio, score_cutoff=60)
+    return match[0] if match else ""
+
+
+def _lay(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _lay(values, [*keys, key], inner)
+        return
+    for key in keys[:-1]:
+        if values.get(key) is None:
+            values[key] = {}
+        if not isinstance(values[key], dict):
+            raise SrlibError(f"{'.'.join(keys)} cannot be set: {key} is {values[key]!r}, not a section.")
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One sentence out of a pydantic error."""
+    where = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "extra_forbidden":
+            *sections, key = error["loc"]
+            model: type[BaseModel] = Params
+            for section in sections:
+                model = model.model_fields[section].annotation
+            return f"{_unknown(key, list(model.model_fields))}{f' (in section {sections[-1]})' if sections else ''}"
+        case "missing":
+            return f"{where} is missing; give it a value."
+        case "value_error":
+            return f"{where}: {error['ctx']['error']}."
+        case _:
+            return f"{where} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
+
+
+def _unknown(key: str, names: list[str]) -> str:
+    near = nearest(str(key), names)
+    return f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else f"; there are {', '.join(names)}.")

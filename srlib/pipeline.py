@@ -1,0 +1,289 @@
+"""Run the notebooks in order through papermill: manifest, skips, and one line a stage.
+
+A stage is a notebook. It is skipped when its parameters, its notebook and the artefacts it
+reads are those of its last complete run and what it wrote is still as it was. A stage that
+fails or is killed is not complete, and is done again from a clean folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from srlib import SrlibError, engine, problems
+from srlib.params import ROOT, Params, find, from_notebook, nearest
+
+NOTEBOOKS = ROOT / "notebooks"
+PACKAGES = ("torch", "transformers", "trl", "peft", "papermill", "srlib")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a notebook depends on: sections of the params, and artefacts of earlier stages."""
+
+    name: str
+    sections: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("00_arith_pair", ("arith",)),
+        Stage("01_annotate", ("annotate",), ("pair", "traces")),
+        Stage("02_sft", ("sft", "offload"), ("pair", "annotated", "test")),
+        Stage("04_offload", ("offload",), ("pair", "adapter", "test")),
+        Stage("05_evaluate", ("offload", "evaluate"), ("pair", "adapter", "test")),
+    )
+}
+
+
+def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
+    """Check that all a stage reads is there and whole, before any work.
+
+    Args:
+        made_now: stages that run before this one, whose artefacts need not be there yet.
+
+    Raises:
+        SrlibError: something is missing or damaged; the sentence names it and the stage that makes it.
+    """
+    from srlib.annotate import Annotated
+
+    checks = {
+        "pair": ("00_arith_pair", lambda: (engine.check(p.small), engine.check(p.big))),
+        "traces": ("00_arith_pair", lambda: problems.load(p.traces)),
+        "test": ("00_arith_pair", lambda: problems.load(p.test)),
+        "annotated": ("01_annotate", lambda: problems.read_jsonl(p.annotated, Annotated)),
+        "adapter": ("02_sft", lambda: engine.check(p.tuned)),
+    }
+    for artefact in STAGES[stage].reads:
+        maker, check = checks[artefact]
+        if maker in made_now and not _given(p, artefact):
+            continue
+        try:
+            check()
+        except SrlibError as error:
+            mend = "" if _given(p, artefact) else f" Stage {maker} makes it: python -m srlib run … --only {maker}"
+            raise SrlibError(f"{stage}: {error}{mend}") from None
+
+
+def begin(stage: str, scope: dict[str, Any]) -> tuple[Params, Path]:
+    """First line of every notebook: parameters, checks, seed, versions.
+
+    Args:
+        stage: name of the notebook.
+        scope: its `globals()`, with what the `parameters` cell and papermill put there.
+
+    Returns:
+        the parameters, and the folder for the stage's artefacts.
+
+    Raises:
+        SrlibError: a bad parameter, or an artefact of an earlier stage is missing or damaged.
+    """
+    p = from_notebook(scope)
+    require(p, stage)
+    import torch
+    from transformers import set_seed
+
+    if p.threads:
+        torch.set_num_threads(p.threads)
+    set_seed(p.seed)
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    print(f"run {p.run}, seed {p.seed}, {torch.get_num_threads()} thread(s)\n{packages}")
+    return p, p.stage_dir(stage)
+
+
+def run(p: Params, first: str | None = None, only: str | None = None) -> int:
+    """Run the stages; returns the exit status.
+
+    Args:
+        first: redo from this stage on.
+        only: redo this stage alone.
+
+    Raises:
+        SrlibError: no such stage, or an input is missing or damaged (before any stage runs).
+    """
+    for name in (first, only):
+        if name is not None and name not in STAGES:
+            near = nearest(name, list(STAGES))
+            raise SrlibError(f"There is no stage {name!r}{f'; did you mean {near!r}?' if near else '.'}")
+    names = list(STAGES)
+    chosen = [only] if only else names[names.index(first) :] if first else names
+    if p.pair.small.path and p.pair.big.path and p.data.traces and p.data.test:
+        chosen = [name for name in chosen if name != "00_arith_pair"]  # all it would make is given
+    manifest = Manifest(p)
+    to_make: list[str] = []
+    for name in chosen:
+        # What a complete stage left behind is checked too: a damaged file is reported, not built on.
+        require(p, name, to_make)
+        if first or only or not manifest.complete(name):
+            to_make.append(name)
+    print(f"{p.run}: {', '.join(chosen)} → {_here(p.run_dir)}", flush=True)
+    forced = bool(first or only)
+    for name in chosen:
+        if not forced and manifest.unchanged(name):
+            print(f"{name:<16} unchanged, skipped ({manifest.stages[name]['seconds']:.0f} s when it ran)", flush=True)
+            continue
+        if not run_stage(p, name, manifest):
+            return 1
+    _last_screen(p)
+    return 0
+
+
+def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
+    """Execute one notebook; returns whether it went through."""
+    import papermill
+
+    folder = p.stage_dir(name)
+    shutil.rmtree(folder)
+    folder = p.stage_dir(name)
+    executed = folder / f"{name}.ipynb"
+    manifest.start(name)
+    start = time.perf_counter()
+    terminal = sys.stderr.isatty()  # there papermill's bar shows how far it is; else the line itself grows
+    print("" if terminal else f"{name:<16} ", end="", flush=True)
+    try:
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{name}.ipynb",
+            executed,
+            parameters=p.model_dump(),
+            cwd=NOTEBOOKS,
+            kernel_name="python3",
+            progress_bar={"desc": name, "leave": False, "disable": not terminal},
+        )
+    except papermill.PapermillExecutionError as error:
+        manifest.finish(name, "failed", time.perf_counter() - start)
+        last_line = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
+        print(f"{f'{name:<16} ' if terminal else ''}failed after {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{name}: {last_line}\nThe executed notebook is {_here(executed)}", file=sys.stderr)
+        return False
+    except BaseException:
+        manifest.finish(name, "stopped", time.perf_counter() - start)
+        raise
+    seconds = time.perf_counter() - start
+    manifest.finish(name, "complete", seconds)
+    print(f"{f'{name:<16} ' if terminal else ''}done in {seconds:.0f} s", flush=True)
+    return True
+
+
+class Manifest:
+    """`manifest.json` of a run: for each stage parameters, inputs, outputs, versions, seconds and state."""
+
+    def __init__(self, p: Params) -> None:
+        self.p = p
+        self.path = p.run_dir / "manifest.json"
+        self.stages: dict[str, dict[str, Any]] = {}
+        if self.path.is_file():
+            try:
+                self.stages = json.loads(self.path.read_text())["stages"]
+            except (json.JSONDecodeError, KeyError):
+                raise SrlibError(f"{self.path} is damaged; remove it, and every stage is done again.") from None
+
+    def complete(self, name: str) -> bool:
+        """Whether the stage's last run went through."""
+        return self.stages.get(name, {}).get("state") == "complete"
+
+    def unchanged(self, name: str) -> bool:
+        """Whether the stage is complete and would do the same again."""
+        if not self.complete(name):
+            return False
+        record = self.stages[name]
+        now = self._key(name)
+        return all(record[field] == now[field] for field in now) and record["outputs"] == self._outputs(name)
+
+    def start(self, name: str) -> None:
+        self.stages[name] = {"state": "running", **self._key(name)}
+        self._write()
+
+    def finish(self, name: str, state: str, seconds: float) -> None:
+        record = self.stages[name]
+        record.update(state=state, seconds=round(seconds, 1), versions={k: version(k) for k in PACKAGES})
+        record["outputs"] = self._outputs(name)
+        self._write()
+
+    def _key(self, name: str) -> dict[str, Any]:
+        """What decides whether a stage has to run again."""
+        stage = STAGES[name]
+        values = self.p.model_dump()
+        sections = ("seed", "threads", "pair", "data", *stage.sections)
+        return {
+            "parameters": {section: values[section] for section in sections},
+            "notebook": _digest(NOTEBOOKS / f"{name}.ipynb"),
+            "inputs": {path: _digest(find(path)) for path in self._inputs(stage)},
+        }
+
+    def _inputs(self, stage: Stage) -> list[str]:
+        """Files and folders a stage reads, as far as they are here."""
+        p = self.p
+        given = {
+            "pair": [p.small.path, p.big.path],
+            "traces": [p.traces],
+            "test": [p.test],
+            "annotated": [p.annotated],
+            "adapter": [p.tuned.adapter],
+        }
+        return [_here(path) for artefact in stage.reads for path in given[artefact] if Path(path).exists()]
+
+    def _outputs(self, name: str) -> dict[str, str]:
+        """Digest of each file of a stage but its notebook and figures, which a hand may make again."""
+        folder = self.p.stage_dir(name)
+        files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".ipynb", ".png"))
+        return {str(f.relative_to(folder)): _digest(f) for f in files if ".ipynb_checkpoints" not in f.parts}
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps({"run": self.p.run, "seed": self.p.seed, "stages": self.stages}, indent=1))
+        os.replace(part, self.path)
+
+
+def _given(p: Params, artefact: str) -> bool:
+    """Whether the user named it, so that no stage makes it."""
+    pair = p.pair.small.path is not None and p.pair.big.path is not None
+    given = {"pair": pair, "traces": p.data.traces is not None, "test": p.data.test is not None}
+    return given.get(artefact, False)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of all files of a folder and their names."""
+    total = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            total.update(str(file.relative_to(path)).encode())
+            total.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def _here(path: str | Path) -> str:
+    """A path as the user sees it: from the clone, if it lies in it."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _last_screen(p: Params) -> None:
+    folder = p.run_dir / "05_evaluate"
+    results = folder / "results.json"
+    if not results.is_file():
+        return
+    rows = json.loads(results.read_text())
+    print(f"\n{'policy':<16}{'accuracy':>9}  {'95 % interval':<16}{'offload share':>13}{'hand-overs':>11}")
+    for row in rows:
+        low, high = row["ci95"]
+        print(
+            f"{row['policy']:<16}{row['accuracy']:>9.1%}  {f'{low:.1%} – {high:.1%}':<16}"
+            f"{row['offload_share']:>13.1%}{row['handovers']:>11.2f}"
+        )
+    first = rows[0]
+    print(
+        f"{first['dataset']}: n = {first['n_problems']}, {first['samples_per_problem']} sample(s) a problem, "
+        f"≤ {first['max_tokens']} tokens\n\nresults  {_here(results)}\nfigure   {_here(folder / 'accuracy_by_share.png')}"
+    )

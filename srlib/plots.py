@@ -1,0 +1,143 @@
+"""Every figure, on seaborn. Each function draws what it is given and returns the figure."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+SMALL_COLOUR, BIG_COLOUR = "#4c72b0", "#dd8452"
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG; in a notebook it is shown as well."""
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    return path
+
+
+def _axes(width: float = 6.0, height: float = 3.6, columns: int = 1):
+    sns.set_theme(style="whitegrid", context="notebook")
+    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+
+
+def losses(curves: dict[str, Sequence[float]], steps: dict[str, Sequence[float]] | None = None) -> Figure:
+    """Training loss in nats a token, one line a model; raw values pale, a running mean in full colour."""
+    figure, axes = _axes()
+    for name, curve in curves.items():
+        x = np.arange(1, len(curve) + 1) if steps is None else np.asarray(steps[name])
+        window = max(1, len(curve) // 30)
+        smooth = np.convolve(curve, np.ones(window) / window, mode="valid")
+        (line,) = axes.plot(x[window - 1 :], smooth, label=name)
+        axes.plot(x, curve, alpha=0.25, color=line.get_color())
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", yscale="log")
+    axes.legend()
+    return figure
+
+
+def step_accuracy(table: dict[str, dict[str, tuple[int, int]]]) -> Figure:
+    """Share of right steps by operation, beside each other for every model, with 95 % Wilson intervals.
+
+    Args:
+        table: model → operation → (right steps, steps).
+    """
+    from scipy.stats import binomtest
+
+    figure, axes = _axes()
+    names = list(table)
+    width = 0.8 / len(names)
+    for i, (name, colour) in enumerate(zip(names, sns.color_palette())):
+        operations = list(table[name])
+        tests = [binomtest(right, total) if total else None for right, total in table[name].values()]
+        values = np.array([t.statistic if t else np.nan for t in tests])
+        bounds = [t.proportion_ci(method="wilson") if t else (np.nan, np.nan) for t in tests]
+        error = np.abs(np.array(bounds).T - values)
+        place = np.arange(len(operations)) + (i - (len(names) - 1) / 2) * width
+        axes.bar(place, values, width, yerr=error, label=name, color=colour, capsize=3)
+        axes.set_xticks(range(len(operations)), operations)
+    axes.set(xlabel="operation", ylabel="right steps", ylim=(0, 1.05))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(loc="lower left")
+    return figure
+
+
+def span_positions(positions: dict[str, Sequence[float]], shares: dict[str, Sequence[float]]) -> Figure:
+    """Where spans begin in their traces (0 start, 1 end), and what share of each trace they take.
+
+    Args:
+        positions: name → relative start of every span.
+        shares: name → offload share of every trace.
+    """
+    figure, (left, right) = _axes(10, 3.6, columns=2)
+    for axes, data, label in ((left, positions, "relative position in the trace"), (right, shares, "share of tokens")):
+        names = [name for name in data if len(data[name])]
+        sns.histplot(
+            {name: np.asarray(data[name]) for name in names},
+            bins=np.linspace(0, 1, 21) if axes is left else 20,
+            stat="probability",
+            common_norm=False,
+            element="step",
+            ax=axes,
+        )
+        axes.set(xlabel=label)
+    left.set(ylabel="spans")
+    right.set(ylabel="traces")
+    left.yaxis.set_major_formatter(PercentFormatter(1.0))
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    right.xaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure
+
+
+def accuracy_by_share(rows: Sequence[dict]) -> Figure:
+    """The main figure: accuracy against offload share, with 95 % intervals.
+
+    Rows of the random policy make a curve; the two models alone are horizontal lines; every
+    other row is a point of its own.
+    """
+    figure, axes = _axes(7, 4.4)
+    by_name = {row["policy"]: row for row in rows}
+    alone = [(by_name[name], colour) for name, colour in (("small", SMALL_COLOUR), ("big", BIG_COLOUR)) if name in by_name]
+    for row, colour in alone:
+        axes.axhline(row["accuracy"], color=colour, linestyle="--", label=f"{row['policy']} alone")
+        axes.axhspan(*row["ci95"], color=colour, alpha=0.12)
+    curve = sorted(
+        (row for row in rows if row["policy"].startswith("random") or row["policy"] == "small"),
+        key=lambda row: row["offload_share"],
+    )
+    if len(curve) > 1:
+        _points(axes, curve, "grey", "random", marker="o", linestyle="-")
+    others = [row for row in rows if row not in curve and row["policy"] not in ("small", "big")]
+    for row, colour, marker in zip(others, sns.color_palette("dark")[2:], "*DsvP^"):
+        _points(axes, [row], colour, row["policy"], marker=marker, markersize=13)
+    axes.set(xlabel="offload share (tokens by the big model)", ylabel="accuracy", ylim=(0, 1.03))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    first = rows[0]
+    axes.set_title(
+        f"{first['dataset']}: n = {first['n_problems']}, {first['samples_per_problem']} sample(s) a problem, "
+        f"≤ {first['max_tokens']} tokens; 95 % intervals",
+        fontsize=10,
+    )
+    axes.legend(loc="center right", fontsize=9)
+    return figure
+
+
+def _points(axes, rows: Sequence[dict], colour, label: str, **style) -> None:
+    values = np.array([row["accuracy"] for row in rows])
+    error = np.abs(np.array([row["ci95"] for row in rows]).T - values)
+    axes.errorbar([row["offload_share"] for row in rows], values, error, color=colour, label=label, capsize=3, **style)
+
+
+def coloured(pieces: Sequence[tuple[str, bool]], title: str = "") -> str:
+    """A trace as HTML: `pieces` are (text, by the big model), the big model's are marked."""
+    body = "".join(
+        f'<mark style="background:{BIG_COLOUR};color:white">{html.escape(text)}</mark>' if big else html.escape(text)
+        for text, big in pieces
+    )
+    heading = f"<b>{html.escape(title)}</b><br>" if title else ""
+    return f'<div style="font-family:monospace;white-space:pre-wrap;margin:6px 0">{heading}{body}</div>'

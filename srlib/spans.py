@@ -1,0 +1,155 @@
+"""The grammar of the tags: `<bigmodel>` hands over to the big model, `</bigmodel>` hands back.
+
+Everything here works on text and on lists of token ids alike: what differs is only how a tag
+is written there (`TEXT`, or `Tags.of(tokenizer)`). Positions of spans are those of the
+sequence *without* tags, so that `strip(x)[span.start:span.end]` is what the big model wrote
+and `wrap(strip(x), parse(x))` is `x` again, if `x` has no faults.
+
+Where a sequence breaks the grammar, the reading is fixed: a nested opening tag and a closing
+tag outside a span are ignored, a span left open ends with the sequence, an empty span is no
+span. `faults` counts each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+OPEN, CLOSE = "<bigmodel>", "</bigmodel>"
+OTHER_CLOSE = r"<\bigmodel>"  # read, since published data has it; never written
+
+
+class Span(NamedTuple):
+    """Half-open range `[start, end)` of positions."""
+
+    start: int
+    end: int
+
+
+Text = TypeVar("Text", str, list)  # str, or list[int] of token ids
+
+
+@dataclass(frozen=True)
+class Tags:
+    """How the tags are written: as strings, or as tuples of token ids."""
+
+    open: Sequence
+    closes: tuple[Sequence, ...]  # the first is the one written
+
+    @classmethod
+    def of(cls, tokenizer) -> Tags:
+        """The tags in the ids of `tokenizer`: one id each where they are tokens, else several."""
+        ids = [tuple(tokenizer.encode(tag, add_special_tokens=False)) for tag in (OPEN, CLOSE, OTHER_CLOSE)]
+        return cls(ids[0], tuple(ids[1:]))
+
+    @property
+    def close(self) -> Sequence:
+        return self.closes[0]
+
+
+TEXT = Tags(OPEN, (CLOSE, OTHER_CLOSE))
+
+
+def parse(x: Text, tags: Tags = TEXT) -> list[Span]:
+    """The spans of `x`, in order, as positions in `strip(x)`."""
+    return _read(x, tags)[1]
+
+
+def strip(x: Text, tags: Tags = TEXT) -> Text:
+    """`x` without its tags: what the big model reads."""
+    return _read(x, tags)[0]
+
+
+def faults(x: Text, tags: Tags = TEXT) -> Counter[str]:
+    """How often `x` breaks the grammar: `nested`, `stray` (close outside), `unclosed`, `empty`."""
+    return _read(x, tags)[2]
+
+
+def wrap(x: Text, spans: Iterable[Span], tags: Tags = TEXT) -> Text:
+    """`x`, which has no tags, with tags around `spans`.
+
+    Raises:
+        ValueError: a span is empty, out of range, or overlaps the one before it.
+    """
+    pieces, at = [], 0
+    for start, end in spans:
+        if not at <= start < end <= len(x):
+            raise ValueError(f"span ({start}, {end}) is empty, overlaps another, or leaves 0…{len(x)}")
+        pieces += [x[at:start], tags.open, x[start:end], tags.close]
+        at = end
+    pieces.append(x[at:])
+    return "".join(pieces) if isinstance(x, str) else [token for piece in pieces for token in piece]
+
+
+def inside(x: Text, tags: Tags = TEXT) -> list[bool]:
+    """For each position of `strip(x)`, whether it lies in a span."""
+    text, spans, _ = _read(x, tags)
+    mask = [False] * len(text)
+    for start, end in spans:
+        mask[start:end] = [True] * (end - start)
+    return mask
+
+
+def merge(spans: Iterable[Span], gap: int = 0) -> list[Span]:
+    """Sorted spans, joined where they overlap, touch or lie at most `gap` positions apart."""
+    merged: list[Span] = []
+    for span in sorted(spans):
+        if merged and span.start - merged[-1].end <= gap:
+            merged[-1] = Span(merged[-1].start, max(merged[-1].end, span.end))
+        else:
+            merged.append(span)
+    return merged
+
+
+def share(traces) -> float:
+    """Offload share: big / (big + small) over the tokens of a trace or of several, tags left out."""
+    traces = traces if isinstance(traces, list | tuple) else [traces]
+    big = sum(trace.big_tokens for trace in traces)
+    small = sum(trace.small_tokens for trace in traces)
+    return big / (big + small) if big + small else 0.0
+
+
+def _read(x: Text, tags: Tags) -> tuple[Text, list[Span], Counter[str]]:
+    """One pass: text without tags, spans, faults."""
+    as_text = isinstance(x, str)
+    # Ids become characters of the same number, so that one regular expression reads both.
+    chars = x if as_text else "".join(map(chr, x))
+    tag, opening = _pattern(tags)
+    pieces, spans, found = [], [], Counter()
+    length, start, at = 0, None, 0  # of the text so far; of the open span; in x
+    for match in tag.finditer(chars):
+        pieces.append(x[at : match.start()])
+        length += match.start() - at
+        at = match.end()
+        if match.group() == opening:
+            if start is None:
+                start = length
+            else:
+                found["nested"] += 1
+        elif start is None:
+            found["stray"] += 1
+        else:
+            _end(spans, found, start, length)
+            start = None
+    pieces.append(x[at:])
+    length += len(x) - at
+    if start is not None:
+        found["unclosed"] += 1
+        _end(spans, found, start, length)
+    text = "".join(pieces) if as_text else [token for piece in pieces for token in piece]
+    return text, spans, found
+
+
+def _end(spans: list[Span], found: Counter[str], start: int, end: int) -> None:
+    if start == end:
+        found["empty"] += 1
+    else:
+        spans.append(Span(start, end))
+
+
+def _pattern(tags: Tags) -> tuple[re.Pattern[str], str]:
+    written = [t if isinstance(t, str) else "".join(map(chr, t)) for t in (tags.open, *tags.closes)]
+    return re.compile("|".join(map(re.escape, written)), re.DOTALL), written[0]

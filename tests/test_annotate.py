@@ -1,0 +1,63 @@
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srlib import SrlibError, annotate, arith, spans
+from srlib.params import Annotate, Arith
+from srlib.problems import Problem
+from srlib.spans import Span
+
+
+@given(
+    st.lists(st.floats(-5, 5), min_size=1, max_size=60),
+    st.floats(0.1, 3),
+    st.integers(0, 3),
+    st.integers(1, 6),
+    st.floats(0.05, 1),
+)
+def test_choice_keeps_its_budgets(gaps, threshold, merge_gap, size, share):
+    config = Annotate(threshold=threshold, merge_gap=merge_gap, max_span_tokens=size, max_share=share)
+    chosen = annotate.choose(gaps, config)
+    marked = {i for start, end in chosen for i in range(start, end)}
+    assert chosen == sorted(chosen)
+    assert len(marked) == sum(end - start for start, end in chosen) <= share * len(gaps)
+    hard = {i for i, gap in enumerate(gaps) if gap > threshold}
+    bridged = {i for i in marked - hard if not (set(range(i - merge_gap, i)) & hard and set(range(i, i + merge_gap + 1)) & hard)}
+    assert not bridged
+    if share == 1 and merge_gap == 0:
+        assert marked == hard
+
+
+def test_choice_prefers_wide_gaps():
+    config = Annotate(threshold=0.5, max_share=0.2)
+    assert annotate.choose([0.0, 1.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 2.0], config) == [(5, 6), (9, 10)]
+
+
+def test_gap_is_the_difference_of_two_full_passes(engines, pair, tokenizer):
+    problems = list(islice(arith.generate(Arith(min_steps=1, max_steps=5), "traces", 0), 12))
+    small, big = engines
+    config = Annotate(threshold=2.0, max_share=1.0, batch_size=5)
+    rows = {row.id: row for row in annotate.gap(small, big, problems, config)}
+    # two prefills a trace: each model has processed each trace exactly once
+    total = sum(len(tokenizer.encode(x.prompt)) + len(tokenizer.encode(x.trace)) for x in problems)
+    assert small.counters.forward_tokens == big.counters.forward_tokens == total
+    assert small.counters.calls == big.counters.calls == 3
+    assert any(row.spans for row in rows.values())
+    for problem in problems:
+        prompt, trace = tokenizer.encode(problem.prompt), tokenizer.encode(problem.trace)
+        with torch.no_grad():
+            by = [m(torch.tensor([prompt + trace])).logits[0].log_softmax(-1) for m in pair]
+        at = range(len(prompt) - 1, len(prompt) + len(trace) - 1)
+        gaps = [float(by[1][i, t] - by[0][i, t]) for i, t in zip(at, trace)]
+        offsets = tokenizer(problem.trace, return_offsets_mapping=True)["offset_mapping"]
+        marked = spans.merge(Span(*o) for o, g in zip(offsets, gaps) if g > 2.0)
+        assert [s for s in rows[problem.id].spans] == marked
+        assert spans.strip(rows[problem.id].tagged) == problem.trace
+
+
+def test_gap_needs_traces_and_one_vocabulary(engines):
+    with pytest.raises(SrlibError, match="Problem 7 has no worked trace"):
+        list(annotate.gap(*engines, [Problem(id="7", prompt="?", answer="1")], Annotate()))

@@ -1,0 +1,67 @@
+from itertools import islice
+
+import pytest
+from transformers import AutoTokenizer
+
+from srlib import arith
+from srlib.grade import grade
+from srlib.params import Arith
+
+CONFIG = Arith(min_steps=1, max_steps=6)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_problems_are_right_and_distinct(seed):
+    batch = list(islice(arith.generate(CONFIG, "train", seed), 300))
+    assert len({x.prompt for x in batch}) == 300
+    for problem in batch:
+        assert grade(problem.trace, problem.answer).correct
+        right = arith.step_accuracy(problem.trace, problem.trace)
+        assert all(a == n for a, n in right.values())
+        assert sum(n for _, n in right.values()) == problem.meta["steps"]
+        assert {o: n for o, (_, n) in right.items()} == {o: problem.meta["operations"].count(o) for o in "+-*"}
+
+
+def test_splits_never_share_a_problem():
+    config = Arith(min_steps=1, max_steps=2)  # a small world, where a clash would be likely
+    drawn = {
+        split: {x.prompt for seed in range(3) for x in islice(arith.generate(config, split, seed), 400)}
+        for split in arith.SPLITS
+    }
+    assert not drawn["train"] & drawn["test"]
+    assert not drawn["train"] & drawn["traces"]
+    assert not drawn["traces"] & drawn["test"]
+
+
+def test_seed_decides():
+    def first(seed):
+        return list(islice(arith.generate(CONFIG, "test", seed), 20))
+
+    assert first(0) == first(0) != first(1)
+
+
+def test_tokenizer_saves_and_loads(tmp_path):
+    made = arith.tokenizer()
+    made.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for problem in islice(arith.generate(CONFIG, "test", 0), 50):
+        ids = loaded.encode(problem.trace)
+        assert ids == made.encode(problem.trace)
+        assert loaded.decode(ids) == problem.trace
+    assert len(loaded.encode("<think>1</think>")) == 3
+    assert loaded.eos_token_id == made.eos_token_id == 0
+
+
+def test_step_accuracy_counts_an_error_where_it_is_made():
+    trace = "<think>2*3=6;6+1=7;</think>\\boxed{7}"
+    counts = arith.step_accuracy(trace, "<think>2*3=5;5+1=6;</think>\\boxed{6}")
+    assert counts == {"+": (1, 1), "-": (0, 0), "*": (0, 1)}
+    assert arith.step_accuracy(trace, "nonsense;")["+"] == (0, 0)
+
+
+def test_training_learns_something(tmp_path):
+    config = Arith(min_steps=1, max_steps=2, small={"train_steps": 30}, big={"train_steps": 1, "num_attention_heads": 1})
+    losses = arith.make_pair(config, 0, tmp_path)
+    assert len(losses["small"]) == 30
+    assert sum(losses["small"][-5:]) < 0.7 * sum(losses["small"][:5])
+    assert (tmp_path / "small" / "model.safetensors").is_file()

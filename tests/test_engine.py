@@ -1,0 +1,133 @@
+import pytest
+import torch
+
+from srlib import SrlibError, engine
+from srlib.engine import Request
+from srlib.engine.transformers import TransformersEngine
+from srlib.params import ModelSpec
+
+
+def generate(model, prompt, n):
+    """What transformers itself writes, greedily."""
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+def test_ragged_batch_writes_what_generate_writes(pair, engines, prompts):
+    small, _ = engines
+    requests = [Request(small.open([]), feed=x, max_new=24, stops=((0,),)) for x in prompts]
+    small.run(*requests)
+    assert [r.ids for r in requests] == [generate(pair[0], x, 24) for x in prompts]
+    assert small.counters.forward_tokens == sum(len(x) + len(r.ids) - 1 for x, r in zip(prompts, requests))
+    assert small.counters.decoded_tokens == sum(len(r.ids) for r in requests)
+
+
+def test_logprobs_are_those_of_one_full_pass(pair, engines, prompts):
+    small, _ = engines
+    request, = small.run(Request(small.open([]), feed=prompts[0], max_new=12))
+    scored = small.score([prompts[0] + request.ids, prompts[1]])
+    assert request.logprobs == pytest.approx(scored[0][len(prompts[0]) - 1 :], abs=1e-4)
+    assert len(scored[1]) == len(prompts[1]) - 1
+    assert scored[1] == pytest.approx(small.score([prompts[1]])[0], abs=1e-4)
+
+
+def test_one_extend_decides_as_n_separate_passes(pair, engines, prompts):
+    """The closing check: own next token and watched log-probability at every position of a chunk."""
+    small, _ = engines
+    watch, prompt, chunk = 98, prompts[3], prompts[4]
+    sequence = small.open([])
+    small.run(Request(sequence, feed=prompt))
+    before = small.counters.forward_tokens
+    request, = small.run(Request(sequence, feed=chunk, watch=watch))
+    assert small.counters.forward_tokens - before == len(chunk)
+    for i in range(len(chunk)):
+        with torch.no_grad():
+            logits = pair[0](torch.tensor([prompt + chunk[: i + 1]])).logits[0, -1]
+        assert request.own[i] == int(logits.argmax())
+        assert request.watched[i] == pytest.approx(float(logits.log_softmax(-1)[watch]), abs=1e-4)
+
+
+def test_work_in_turns_processes_every_token_once(engines, prompts):
+    small, _ = engines
+    sequence = small.open([])
+    a, = small.run(Request(sequence, feed=prompts[0], max_new=5))
+    b, = small.run(Request(sequence, feed=prompts[1]))
+    c, = small.run(Request(sequence, max_new=5))
+    whole = prompts[0] + a.ids + prompts[1]
+    again, = small.run(Request(small.open([]), feed=whole, max_new=5))
+    assert c.ids == again.ids
+    assert c.ids[0] == b.own[-1]
+    assert sequence.forwarded == len(whole) + 4
+    assert small.counters.discarded_tokens == 0
+
+
+def test_truncate_takes_back(engines, prompts):
+    small, _ = engines
+    sequence = small.open([])
+    small.run(Request(sequence, feed=prompts[0] + prompts[1]))
+    small.truncate(sequence, len(prompts[0]))
+    a, = small.run(Request(sequence, max_new=6))
+    b, = small.run(Request(small.open([]), feed=prompts[0], max_new=6))
+    assert a.ids == b.ids
+    assert small.counters.discarded_tokens == len(prompts[1]) + 1  # the last one left is read again for its logits
+
+
+def test_slots_are_reused_and_counted(pair, tokenizer, prompts):
+    one = TransformersEngine(pair[0], tokenizer, slots=1)
+    first = one.open([])
+    a, = one.run(Request(first, feed=prompts[0] * 10, max_new=4))
+    with pytest.raises(RuntimeError, match="all 1 slots are taken"):
+        one.open([])
+    one.close(first)
+    b, = one.run(Request(one.open([]), feed=prompts[1], max_new=8))
+    assert b.ids == generate(pair[0], prompts[1], 8) or 0 in b.ids
+
+
+def test_sampling_is_seeded_by_sequence(engines, prompts):
+    small, _ = engines
+
+    def sample(seed, beside):
+        opened = [small.open([], temperature=1.0, top_p=0.9, seed=s) for s in (seed, *beside)]
+        requests = small.run(*(Request(s, feed=prompts[0], max_new=16) for s in opened))
+        for s in opened:
+            small.close(s)
+        return requests[0].ids
+
+    assert sample(5, ()) == sample(5, (6, 7)) != sample(6, ())
+
+
+def test_greedy_is_the_limit_of_a_small_nucleus(engines, prompts):
+    small, _ = engines
+    greedy, narrow = small.run(
+        Request(small.open([]), feed=prompts[2], max_new=12),
+        Request(small.open([], temperature=1.0, top_p=1e-6), feed=prompts[2], max_new=12),
+    )
+    assert greedy.ids == narrow.ids
+
+
+def test_stops_of_several_ids(engines, prompts):
+    small, _ = engines
+    free, = small.run(Request(small.open([]), feed=prompts[5], max_new=12))
+    stop = tuple(free.ids[3:5])
+    held, = small.run(Request(small.open([]), feed=prompts[5], max_new=12, stops=((999,), stop)))
+    assert held.stopped == stop
+    assert held.ids == free.ids[: len(held.ids)]
+    assert len(held.ids) <= 5
+
+
+def test_load_errors(pair, tokenizer, tmp_path):
+    with pytest.raises(SrlibError, match="There is no model in .*: config.json is not there"):
+        engine.load(tmp_path)
+    pair[0].save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    assert engine.load(tmp_path / "m").context == 256
+    with pytest.raises(SrlibError, match="There is no adapter in"):
+        engine.load(ModelSpec(path=str(tmp_path / "m"), adapter=str(tmp_path / "none")))
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SrlibError, match="model.safetensors is damaged"):
+        engine.load(tmp_path / "m")
+    weights.unlink()
+    with pytest.raises(SrlibError, match="holds no .safetensors file"):
+        engine.load(tmp_path / "m")

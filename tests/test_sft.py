@@ -1,0 +1,113 @@
+import pytest
+import torch
+from safetensors import safe_open
+
+from srlib import SrlibError, arith, engine, offload, sft, spans
+from srlib.annotate import Annotated
+from srlib.params import ModelSpec, Sft
+from srlib.spans import Span
+from tests.conftest import random_model
+
+
+def annotated(n):
+    """Traces whose marked span is always the digit behind the first `=`."""
+    trace = "<think>2*3=6;6+1=7;</think>\\boxed{7}"
+    at = trace.index("=") + 1
+    return [
+        Annotated(id=str(i), prompt="2*3+1?", answer="7", trace=trace, spans=[Span(at, at + 1)], share=0.04, annotator="x")
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A tiny small model on disk, with tied embeddings as in the arithmetic world, or without."""
+
+    def save(tied):
+        tokenizer = arith.tokenizer()
+        model = random_model(len(tokenizer), 4)
+        model.config.tie_word_embeddings = tied
+        if tied:
+            model.tie_weights()
+        model.save_pretrained(tmp_path / "small")
+        tokenizer.save_pretrained(tmp_path / "small")
+        return ModelSpec(path=str(tmp_path / "small"))
+
+    return save
+
+
+def test_loss_is_on_the_completion_alone(tokenizer):
+    row = annotated(1)[0]
+    example = sft.example(tokenizer, row, Sft())
+    prompt = len(tokenizer.encode(row.prompt))
+    assert example["labels"][:prompt] == [-100] * prompt
+    assert example["labels"][prompt:] == example["input_ids"][prompt:]
+    assert example["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(example["input_ids"][prompt:-1]) == row.tagged
+
+
+@pytest.mark.parametrize("tags", ["token", "plain"])
+def test_loss_may_leave_out_what_the_big_model_writes(tokenizer, tags):
+    encode = tokenizer if tags == "token" else arith.tokenizer()
+    row = annotated(1)[0]
+    example = sft.example(encode, row, Sft(tags=tags, loss_inside_spans=False))
+    hidden = [i for i, label in zip(example["input_ids"], example["labels"]) if label == -100]
+    assert encode.decode(hidden) == row.prompt + "6"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tags_are_learnt_with_the_adapter(saved, tmp_path, tied):
+    spec = saved(tied)
+    config = Sft(epochs=40, batch_size=8, learning_rate=2e-2, lora_rank=8)
+    log = sft.train(spec, annotated(16), config, 0, tmp_path)
+    assert log[-1]["loss"] < 0.2 * log[0]["loss"]
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as weights:
+        names = list(weights.keys())
+        size = sum(weights.get_tensor(name).numel() for name in names)
+    assert sum("trainable_tokens" in name or "token_adapter" in name for name in names) == (1 if tied else 2)
+    assert size < 40_000  # two rows of the embeddings, not all of them
+
+    # loaded again, merged, it writes what it was taught, tags and all
+    tuned = engine.load(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
+    trace, = offload.Offloader(tuned, None, offload.Never(), max_tokens=40).run(["2*3+1?"])
+    assert tuned.tokenizer.decode(trace.ids) == annotated(1)[0].tagged + "<|endoftext|>"
+    assert spans.parse(trace.ids, trace.tags) == [(5, 6)]
+    assert trace.finish == "eos" and not trace.malformed
+
+
+def test_the_base_model_is_left_alone(saved, tmp_path):
+    spec = saved(True)
+    before = (tmp_path / "small" / "model.safetensors").read_bytes()
+    sft.train(spec, annotated(8), Sft(epochs=1, batch_size=8), 0, tmp_path)
+    assert (tmp_path / "small" / "model.safetensors").read_bytes() == before
+
+
+def test_plain_tags(saved, tmp_path):
+    spec = saved(True)
+    config = Sft(tags="plain", epochs=60, batch_size=8, learning_rate=2e-2, lora_rank=8)
+    sft.train(spec, annotated(16), config, 0, tmp_path)
+    tuned = engine.load(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
+    assert len(tuned.tokenizer) == len(arith.tokenizer())
+    big = engine.load(spec)
+    trace, = offload.Offloader(tuned, big, offload.Learned(), max_tokens=60, span_budget=2).run(["2*3+1?"])
+    assert "<bigmodel>" in tuned.tokenizer.decode(trace.ids)
+    assert trace.big_tokens >= 1
+
+
+def test_same_seed_same_adapter(saved, tmp_path):
+    spec = saved(True)
+    adapters = []
+    for name in "ab":
+        torch.manual_seed(hash(name) % 1000)
+        sft.train(spec, annotated(16), Sft(epochs=2, batch_size=4), 5, tmp_path / name)
+        adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+def test_errors(saved, tmp_path):
+    spec = saved(True)
+    plain = [row.model_copy(update={"spans": []}) for row in annotated(4)]
+    with pytest.raises(SrlibError, match="No annotated trace has a span"):
+        sft.train(spec, plain, Sft(), 0, tmp_path)
+    with pytest.raises(SrlibError, match="sft.max_length is 16, but the longest trace has"):
+        sft.train(spec, annotated(4), Sft(max_length=16), 0, tmp_path)

@@ -1,0 +1,94 @@
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srlib import spans
+from srlib.spans import CLOSE, OPEN, OTHER_CLOSE, TEXT, Span, Tags
+
+IDS = Tags((7,), ((8,), (9, 9)))
+LONG = Tags((7, 1, 7), ((7, 2, 7), (7, 3, 7)))
+
+
+@st.composite
+def marked(draw, characters):
+    """A sequence without tags and disjoint spans in it."""
+    x = draw(st.lists(characters, max_size=40))
+    cuts = sorted(draw(st.sets(st.integers(0, len(x)), max_size=8)))
+    return x, [Span(a, b) for a, b in zip(cuts[::2], cuts[1::2])]
+
+
+@given(marked(st.characters(exclude_characters="<>")))
+def test_text_round_trip(case):
+    x, wanted = "".join(case[0]), case[1]
+    tagged = spans.wrap(x, wanted)
+    assert spans.parse(tagged) == wanted
+    assert spans.strip(tagged) == x
+    assert not spans.faults(tagged)
+    assert spans.wrap(spans.strip(tagged), spans.parse(tagged)) == tagged
+    assert spans.parse(tagged.replace(CLOSE, OTHER_CLOSE)) == wanted
+
+
+@pytest.mark.parametrize("tags", [IDS, LONG])
+@given(case=marked(st.integers(10, 150_000)))
+def test_ids_round_trip(tags, case):
+    x, wanted = case
+    tagged = spans.wrap(x, wanted, tags)
+    assert spans.parse(tagged, tags) == wanted
+    assert spans.strip(tagged, tags) == x
+    assert spans.inside(tagged, tags) == [any(a <= i < b for a, b in wanted) for i in range(len(x))]
+
+
+@given(st.lists(st.sampled_from([OPEN, CLOSE, OTHER_CLOSE, "a", "b<", "/bigmodel>"]), max_size=20))
+def test_any_text_has_one_reading(pieces):
+    text = "".join(pieces)
+    plain, found = spans.strip(text), spans.parse(text)
+    assert all(a.end <= b.start for a, b in zip(found, found[1:]))
+    assert all(0 <= s.start < s.end <= len(plain) for s in found)
+    if not spans.faults(text):
+        assert spans.wrap(plain, found) == text.replace(OTHER_CLOSE, CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "wanted"),
+    [
+        (f"a{OPEN}b{OPEN}c{CLOSE}d", [(1, 3)], {"nested": 1}),
+        (f"a{CLOSE}b", [], {"stray": 1}),
+        (f"a{OPEN}bc", [(1, 3)], {"unclosed": 1}),
+        (f"a{OPEN}{CLOSE}b", [], {"empty": 1}),
+        (f"a{OPEN}", [], {"unclosed": 1, "empty": 1}),
+        (f"{OPEN}a{CLOSE}{OPEN}b{CLOSE}", [(0, 1), (1, 2)], {}),
+    ],
+)
+def test_faults(text, found, wanted):
+    assert spans.parse(text) == found
+    assert spans.faults(text) == Counter(wanted)
+
+
+@pytest.mark.parametrize("bad", [[(2, 2)], [(0, 9)], [(0, 2), (1, 3)]])
+def test_wrap_refuses_what_cannot_be(bad):
+    with pytest.raises(ValueError, match="empty, overlaps another, or leaves"):
+        spans.wrap("abcd", [Span(*s) for s in bad])
+
+
+def test_merge():
+    assert spans.merge([Span(5, 6), Span(0, 2), Span(1, 3)]) == [(0, 3), (5, 6)]
+    assert spans.merge([Span(0, 2), Span(3, 4)], gap=1) == [(0, 4)]
+
+
+def test_tags_of_a_tokenizer(tokenizer):
+    tags = Tags.of(tokenizer)
+    assert len(tags.open) == len(tags.close) == 1
+    ids = tokenizer.encode(f"1{OPEN}2{CLOSE}3{OPEN}4{OTHER_CLOSE}")
+    assert tokenizer.decode(spans.strip(ids, tags)) == "1234"
+    assert spans.parse(ids, tags) == [(1, 2), (3, 4)]
+
+
+def test_real_traces(real_data):
+    for line in (real_data / "r1_style_traces.jsonl").open():
+        text = json.loads(line)["message_thinking"]
+        wanted = [Span(i, i + 40) for i in range(0, len(text) - 40, 400)]
+        assert spans.parse(spans.wrap(text, wanted)) == wanted
+        assert spans.strip(spans.wrap(text, wanted), TEXT) == text
