@@ -30,7 +30,8 @@ clean:
 
 # torch first: the rest then takes the build that is there.
 .venv/installed: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable .[dev]
-	touch $@
+	@echo "Filling .venv, once: one to a few minutes"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq torch==2.13.0
+	@$(BIN)/python -m pip install -qq --editable .[dev]
+	@touch $@

@@ -187,6 +187,11 @@ class Params(Section):
         return self._data(self.data.test, "test.jsonl")
 
     @property
+    def dataset(self) -> str:
+        """Name of the test problems."""
+        return "arith" if self.data.test is None else self.test.stem
+
+    @property
     def annotated(self) -> Path:
         return self.run_dir / "01_annotate" / "annotated.jsonl"
 

@@ -99,7 +99,7 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
     Rows of the random policy make a curve; the two models alone are horizontal lines; every
     other row is a point of its own.
     """
-    figure, axes = _axes(7, 4.4)
+    figure, axes = _axes(8, 4.4)
     by_name = {row["policy"]: row for row in rows}
     alone = [(by_name[name], colour) for name, colour in (("small", SMALL_COLOUR), ("big", BIG_COLOUR)) if name in by_name]
     for row, colour in alone:
@@ -113,7 +113,7 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
         _points(axes, curve, "grey", "random", marker="o", linestyle="-")
     others = [row for row in rows if row not in curve and row["policy"] not in ("small", "big")]
     for row, colour, marker in zip(others, sns.color_palette("dark")[2:], "*DsvP^"):
-        _points(axes, [row], colour, row["policy"], marker=marker, markersize=13)
+        _points(axes, [row], colour, row["policy"], marker=marker, markersize=11, linestyle="none")
     axes.set(xlabel="offload share (tokens by the big model)", ylabel="accuracy", ylim=(0, 1.03))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -123,7 +123,7 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
         f"≤ {first['max_tokens']} tokens; 95 % intervals",
         fontsize=10,
     )
-    axes.legend(loc="center right", fontsize=9)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     return figure
 
 

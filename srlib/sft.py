@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from srlib import SrlibError
@@ -53,6 +53,7 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     """
     if not any(row.spans for row in rows):
         raise SrlibError("No annotated trace has a span, so there is nothing to learn: lower annotate.threshold.")
+    set_seed(seed)
     model, tokenizer = load_model(small)
     tokens = add_tags(tokenizer) if config.tags == "token" else None
     fit_embeddings(model, tokenizer)

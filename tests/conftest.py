@@ -55,6 +55,7 @@ def random_model(vocabulary: int, seed: int, context: int = 256, loud: tuple[int
         )
     )
     with torch.no_grad():
+        model.model.embed_tokens.weight[0].normal_(0, 0.4)  # the padding row starts as zeros
         model.lm_head.weight[list(loud)] *= 3
     return model.eval()
 

