@@ -114,7 +114,7 @@ def accuracy(records: list[dict[str, Any]]) -> Estimate:
     z = stats.norm.ppf(0.975)
     centre = (p + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = z / (1 + z**2 / effective) * (p * (1 - p) / effective + z**2 / (4 * effective**2)) ** 0.5
-    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n, samples)
+    return Estimate(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n, samples)
 
 
 def compare(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Difference:

@@ -109,7 +109,6 @@ class Sft(Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(3e-3, gt=0)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    loss_inside_spans: bool = Field(True, description="also train on the tokens the big model will write")
     max_length: int = Field(1024, ge=16)
     n_watch: int = Field(256, ge=1, description="unseen problems on which the tuned model is watched")
 

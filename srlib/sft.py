@@ -20,7 +20,7 @@ from srlib.annotate import Annotated
 from srlib.engine.transformers import device_of, dtype_of, fit_embeddings, load_model
 from srlib.params import ModelSpec, Sft
 from srlib.problems import encode_prompt
-from srlib.spans import CLOSE, OPEN, Tags
+from srlib.spans import CLOSE, OPEN
 
 LABEL_IGNORED = -100
 
@@ -31,15 +31,15 @@ def add_tags(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.convert_tokens_to_ids([OPEN, CLOSE])
 
 
-def example(tokenizer: PreTrainedTokenizerBase, row: Annotated, config: Sft) -> dict[str, list[int]]:
+def example(tokenizer: PreTrainedTokenizerBase, row: Annotated) -> dict[str, list[int]]:
     """Ids and labels of one annotated trace: loss on the completion alone.
 
-    With `loss_inside_spans` off, neither is there loss on what the big model will write.
+    What the big model will write is part of it: from it the small model learns where a span is
+    not over yet.
     """
     prompt = encode_prompt(tokenizer, row.prompt)
     completion = tokenizer.encode(row.tagged, add_special_tokens=False) + [tokenizer.eos_token_id]
-    labels = completion if config.loss_inside_spans else _outside(completion, Tags.of(tokenizer))
-    return {"input_ids": prompt + completion, "labels": [LABEL_IGNORED] * len(prompt) + labels}
+    return {"input_ids": prompt + completion, "labels": [LABEL_IGNORED] * len(prompt) + completion}
 
 
 def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folder: Path) -> list[dict]:
@@ -57,7 +57,7 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     model, tokenizer = load_model(small)
     tokens = add_tags(tokenizer) if config.tags == "token" else None
     fit_embeddings(model, tokenizer)
-    examples = [example(tokenizer, row, config) for row in rows]
+    examples = [example(tokenizer, row) for row in rows]
     longest = max(len(e["input_ids"]) for e in examples)
     if longest > config.max_length:
         raise SrlibError(f"sft.max_length is {config.max_length}, but the longest trace has {longest} tokens.")
@@ -101,22 +101,6 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     log = [record for record in trainer.state.log_history if "loss" in record]
     (folder / "log.json").write_text(json.dumps(log, indent=1))
     return log
-
-
-def _outside(ids: list[int], tags: Tags) -> list[int]:
-    """`ids` with what stands between the tags ignored, the tags themselves kept."""
-    labels, inside = list(ids), False
-    at = 0
-    while at < len(ids):
-        tag = next((t for t in (tags.open, *tags.closes) if tuple(ids[at : at + len(t)]) == t), None)
-        if tag is not None:
-            inside = tag == tags.open
-            at += len(tag)
-            continue
-        if inside:
-            labels[at] = LABEL_IGNORED
-        at += 1
-    return labels
 
 
 def _embedding_rows(model, tokens: list[int] | None) -> dict[str, list[int]] | None:

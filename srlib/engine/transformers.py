@@ -11,8 +11,14 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers import TopPLogitsWarper
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TopPLogitsWarper,
+)
+from transformers.utils import logging
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from srlib.engine import Counters, Request, Sequence, check
@@ -286,7 +292,10 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Grow the embeddings if the tokenizer has ids beyond them; many models have rows to spare."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # how the new rows start is of no matter: they are trained, or loaded
         model.resize_token_embeddings(len(tokenizer))
+        logging.set_verbosity(verbosity)
 
 
 def load(spec: ModelSpec, slots: int) -> TransformersEngine:
