@@ -11,6 +11,7 @@ on two cores; everything downstream loads them as it would load models from a hu
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,9 +146,17 @@ def train(network: Qwen2ForCausalLM, config: Arith, shape: ArithModel, seed: int
 def make_pair(config: Arith, seed: int, folder: Path) -> dict[str, list[float]]:
     """Train the small and the big model and save each, with its tokenizer, under `folder`.
 
+    A pair that is already there, made with the same settings and seed, is kept.
+
     Returns:
         the losses of `small` and `big`.
     """
+    made = {"seed": seed, **config.model_dump(exclude={"n_traces", "n_test"})}
+    record = folder / "pair.json"
+    if record.is_file() and (kept := json.loads(record.read_text()))["made"] == made:
+        print(f"kept the pair in {folder.name}: its settings are the same")
+        return kept["losses"]
+    record.unlink(missing_ok=True)
     encode = tokenizer()
     losses = {}
     for name, shape in (("small", config.small), ("big", config.big)):
@@ -155,6 +164,7 @@ def make_pair(config: Arith, seed: int, folder: Path) -> dict[str, list[float]]:
         losses[name] = train(network, config, shape, seed, name)
         network.save_pretrained(folder / name)
         encode.save_pretrained(folder / name)
+    record.write_text(json.dumps({"made": made, "losses": losses}))
     return losses
 
 

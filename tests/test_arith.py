@@ -64,4 +64,9 @@ def test_training_learns_something(tmp_path):
     losses = arith.make_pair(config, 0, tmp_path)
     assert len(losses["small"]) == 30
     assert sum(losses["small"][-5:]) < 0.7 * sum(losses["small"][:5])
-    assert (tmp_path / "small" / "model.safetensors").is_file()
+    weights = tmp_path / "small" / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+    assert arith.make_pair(config, 0, tmp_path) == losses  # kept, not trained again
+    assert weights.stat().st_mtime_ns == made
+    arith.make_pair(config.model_copy(update={"batch_size": 8}), 0, tmp_path)
+    assert weights.stat().st_mtime_ns > made

@@ -124,6 +124,8 @@ def test_load_errors(pair, tokenizer, tmp_path):
     assert engine.load(tmp_path / "m").context == 256
     with pytest.raises(SrlibError, match="There is no adapter in"):
         engine.load(ModelSpec(path=str(tmp_path / "m"), adapter=str(tmp_path / "none")))
+    with pytest.raises(SrlibError, match="There is no model in models/x/y"):
+        engine.load("models/x/y")
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SrlibError, match="model.safetensors is damaged"):

@@ -96,7 +96,8 @@ def check(spec: ModelSpec) -> None:
     """
     if spec.path is None:
         raise SrlibError("No model is named: give pair.small.path and pair.big.path a folder or a hub name.")
-    if Path(spec.path).is_absolute() or Path(spec.path).exists():
+    # A hub name has at most one slash; anything else must be a folder.
+    if Path(spec.path).exists() or spec.path.startswith((".", "/")) or spec.path.count("/") > 1:
         _check_folder(Path(spec.path), "config.json", "model")
     if spec.adapter is not None:
         _check_folder(Path(spec.adapter), "adapter_config.json", "adapter")

@@ -1,8 +1,9 @@
 """The engine on transformers: CPU or one GPU, ragged batches over a slot cache.
 
 Every open sequence owns a slot of pre-allocated keys and values. A step gathers what is
-waiting, whatever its length or age, into one forward pass for those with a single new token
-and one for those with more, so that each token is processed once and nothing is padded twice.
+waiting, whatever its length or age, into one forward pass for the sequences with a single new
+token and one for those with more, so that each token is processed once and decoding is not
+padded to the length of a prompt that came in beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from srlib import SrlibError
 from srlib.engine import Counters, Request, Sequence, check
 from srlib.params import ModelSpec
 
@@ -121,8 +123,7 @@ class TransformersEngine:
         """Take back all but the first `length` ids of a sequence."""
         del sequence.ids[length:]
         if sequence.processed > length:
-            self.counters.discarded_tokens += sequence.processed - length
-            sequence.processed, sequence.logits = length, None
+            self._uncache(sequence, length)
 
     def submit(self, request: Request) -> Request:
         """Ask for work; it is done in later steps."""
@@ -141,11 +142,10 @@ class TransformersEngine:
     def step(self) -> list[Request]:
         """One token further for every pending request; returns those that are done."""
         start = time.perf_counter()
-        for request in self.pending:  # a decode without logits to start from reads its last id again
+        for request in self.pending:
             sequence = request.sequence
             if request.max_new and sequence.processed == len(sequence.ids) and sequence.logits is None:
-                sequence.processed -= 1
-                self.counters.discarded_tokens += 1
+                self._uncache(sequence, sequence.processed - 1)  # its last id is read again, for the logits
         behind = [len(r.sequence.ids) - r.sequence.processed for r in self.pending]
         for batch in (
             [r for r, n in zip(self.pending, behind) if n == 1],
@@ -155,7 +155,7 @@ class TransformersEngine:
                 self._forward(sorted(batch, key=lambda r: r.sequence.slot))
         self._sample([r for r in self.pending if r.max_new])
         done = [r for r in self.pending if len(r.ids) >= r.max_new or r.stopped]
-        self.pending = [r for r in self.pending if not (len(r.ids) >= r.max_new or r.stopped)]
+        self.pending = [r for r in self.pending if r not in done]
         self.counters.seconds += time.perf_counter() - start
         return done
 
@@ -172,6 +172,10 @@ class TransformersEngine:
         self.counters.forward_tokens += sum(map(len, sequences))
         self.counters.calls += 1
         return [row[: len(s) - 1] for row, s in zip(logprobs.tolist(), sequences)]
+
+    def _uncache(self, sequence: Sequence, length: int) -> None:
+        self.counters.discarded_tokens += sequence.processed - length
+        sequence.processed, sequence.logits = length, None
 
     def _forward(self, batch: list[Request]) -> None:
         """Process all unprocessed ids of `batch`; leaves the last logits with each sequence."""
@@ -277,9 +281,13 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         SrlibError: no such model or adapter, or one of its files is damaged.
     """
     check(spec)
-    model = AutoModelForCausalLM.from_pretrained(
-        spec.path, dtype=dtype_of(spec), attn_implementation="sdpa", use_safetensors=True
-    ).to(device_of(spec))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            spec.path, dtype=dtype_of(spec), attn_implementation="sdpa", use_safetensors=True
+        ).to(device_of(spec))
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise SrlibError(f"{spec.path} is no folder here, and the hub gave no such model: {reason}") from None
     tokenizer = AutoTokenizer.from_pretrained(spec.adapter or spec.path)
     if spec.adapter is not None:
         from peft import PeftModel
