@@ -155,7 +155,8 @@ class TransformersEngine:
                 self._forward(sorted(batch, key=lambda r: r.sequence.slot))
         self._sample([r for r in self.pending if r.max_new])
         done = [r for r in self.pending if len(r.ids) >= r.max_new or r.stopped]
-        self.pending = [r for r in self.pending if r not in done]
+        finished = set(done)
+        self.pending = [r for r in self.pending if r not in finished]
         self.counters.seconds += time.perf_counter() - start
         return done
 
