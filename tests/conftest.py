@@ -41,7 +41,7 @@ def random_model(vocabulary: int, seed: int, context: int = 256, loud: tuple[int
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=vocabulary,
-            hidden_size=32,
+            hidden_size=64,  # heads of 32, the least that vLLM's CPU attention takes
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
@@ -51,11 +51,11 @@ def random_model(vocabulary: int, seed: int, context: int = 256, loud: tuple[int
             bos_token_id=None,
             eos_token_id=0,
             pad_token_id=0,
-            initializer_range=0.4,
+            initializer_range=0.3,
         )
     )
     with torch.no_grad():
-        model.model.embed_tokens.weight[0].normal_(0, 0.4)  # the padding row starts as zeros
+        model.model.embed_tokens.weight[0].normal_(0, 0.3)  # the padding row starts as zeros
         model.lm_head.weight[list(loud)] *= 3
     return model.eval()
 
