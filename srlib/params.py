@@ -113,6 +113,48 @@ class Sft(Section):
     n_watch: int = Field(256, ge=1, description="unseen problems on which the tuned model is watched")
 
 
+class Latency(Section):
+    """Where the seconds of the latency model come from."""
+
+    source: Literal["a6000", "calibrate"] = Field("a6000", description="a named table, or measured on this machine")
+    small: str = Field("1.5B", description="the table's model that stands for the small one")
+    big: str = "32B"
+    handover_s: float = Field(0.0, ge=0, description="seconds a hand-over costs on top")
+
+
+REWARD_NAMES = ("accuracy", "scaffold", "tag_count", "coverage", "latency", "help_seeking", "overlong")
+
+
+class Grpo(Section):
+    rollout: Literal["true_offload", "self"] = Field(
+        "true_offload", description="the big model answers in the rollouts, or the small one writes it all, as in the paper"
+    )
+    preset: Literal["offload", "paper", "relay"] = Field("offload", description="ready-made reward weights")
+    reward_weights: dict[str, float] = Field({}, description="weights by reward; empty: those of the preset")
+    coverage_target: float = Field(0.4, gt=0, lt=1)
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    n_problems: int = Field(4000, ge=1)
+    max_steps: int = Field(100, ge=1)
+    batch_size: int = Field(128, ge=2, description="rollouts a step; a multiple of num_generations")
+    num_generations: int = Field(8, ge=2)
+    learning_rate: float = Field(2e-4, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    beta: float = Field(0.0, ge=0, description="weight of the KL to the policy of stage 02")
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    save_steps: int = Field(50, ge=1)
+    sample_every: int = Field(10, ge=1, description="steps between completions kept in samples.jsonl")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Grpo:
+        if self.batch_size % self.num_generations:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of num_generations {self.num_generations}")
+        for name in self.reward_weights:
+            if name not in REWARD_NAMES:
+                raise ValueError(f"reward_weights: {_unknown(name, list(REWARD_NAMES))}")
+        return self
+
+
 class Offload(Section):
     max_tokens: int = Field(96, ge=1, description="most tokens of one trace, tags included")
     span_budget: int = Field(8, ge=1, description="most tokens the big model writes in one span")
@@ -149,6 +191,8 @@ class Params(Section):
     arith: Arith = Arith()
     annotate: Annotate = Annotate()
     sft: Sft = Sft()
+    latency: Latency = Latency()
+    grpo: Grpo = Grpo()
     offload: Offload = Offload()
     evaluate: Evaluate = Evaluate()
 
@@ -172,6 +216,11 @@ class Params(Section):
     def tuned(self) -> ModelSpec:
         """The small model with the adapter of stage 02 on top."""
         return self.small.model_copy(update={"adapter": str(self.run_dir / "02_sft" / "adapter")})
+
+    @property
+    def reinforced(self) -> ModelSpec:
+        """The small model with the adapter of stage 03 on top."""
+        return self.small.model_copy(update={"adapter": str(self.run_dir / "03_grpo" / "adapter")})
 
     @property
     def big(self) -> ModelSpec:

@@ -2,7 +2,8 @@
 
 A stage is a notebook. It is skipped when its parameters, its notebook and the artefacts it
 reads are those of its last complete run and what it wrote is still as it was. A stage that
-fails or is killed is not complete, and is done again from a clean folder.
+fails or is killed is not complete; it runs again, and finds its folder as it left it if nothing
+it depends on has changed (a checkpoint is taken up), else empty.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ STAGES = {
         Stage("00_arith_pair", ("arith",)),
         Stage("01_annotate", ("annotate",), ("pair", "traces")),
         Stage("02_sft", ("sft", "offload"), ("pair", "annotated", "test")),
+        Stage("03_grpo", ("grpo", "latency", "offload"), ("pair", "adapter", "traces", "test")),
         Stage("04_offload", ("offload",), ("pair", "adapter", "test")),
-        Stage("05_evaluate", ("offload", "evaluate"), ("pair", "adapter", "test")),
+        Stage("05_evaluate", ("offload", "evaluate"), ("pair", "adapter", "reinforced", "test")),
     )
 }
 
@@ -64,6 +66,7 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
         "test": ("00_arith_pair", lambda: problems.load(p.test)),
         "annotated": ("01_annotate", lambda: problems.read_jsonl(p.annotated, Annotated)),
         "adapter": ("02_sft", lambda: engine.check(p.tuned)),
+        "reinforced": ("03_grpo", lambda: engine.check(p.reinforced)),
     }
     for artefact in STAGES[stage].reads:
         maker, check = checks[artefact]
@@ -143,8 +146,8 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
     """Execute one notebook; returns whether it went through."""
     import papermill
 
-    folder = p.stage_dir(name)
-    shutil.rmtree(folder)
+    if not manifest.resumable(name):
+        shutil.rmtree(p.stage_dir(name))
     folder = p.stage_dir(name)
     executed = folder / f"{name}.ipynb"
     manifest.start(name)
@@ -195,11 +198,14 @@ class Manifest:
 
     def unchanged(self, name: str) -> bool:
         """Whether the stage is complete and would do the same again."""
-        if not self.complete(name):
-            return False
-        record = self.stages[name]
-        now = self._key(name)
-        return all(record[field] == now[field] for field in now) and record["outputs"] == self._outputs(name)
+        return self.complete(name) and self._same_key(name) and self.stages[name]["outputs"] == self._outputs(name)
+
+    def resumable(self, name: str) -> bool:
+        """Whether the stage's last run ended before its time, and would be the same again."""
+        return name in self.stages and not self.complete(name) and self._same_key(name)
+
+    def _same_key(self, name: str) -> bool:
+        return all(self.stages[name].get(field) == value for field, value in self._key(name).items())
 
     def start(self, name: str) -> None:
         self.stages[name] = {"state": "running", **self._key(name)}
@@ -231,6 +237,7 @@ class Manifest:
             "test": [p.test],
             "annotated": [p.annotated],
             "adapter": [p.tuned.adapter],
+            "reinforced": [p.reinforced.adapter],
         }
         return [_here(path) for artefact in stage.reads for path in given[artefact] if Path(path).exists()]
 

@@ -40,6 +40,22 @@ def losses(curves: dict[str, Sequence[float]], steps: dict[str, Sequence[float]]
     return figure
 
 
+def learning_curves(log: Sequence[dict]) -> Figure:
+    """Accuracy of the rollouts and offload share by GRPO step; single steps pale, a running mean in full colour."""
+    figure, panels = _axes(10, 3.6, columns=2)
+    window = max(1, len(log) // 15)
+    for axes, key, label in zip(panels, ("rewards/accuracy/mean", "offload_share"), ("accuracy", "offload share")):
+        steps = [record["step"] for record in log if key in record]
+        values = np.array([record[key] for record in log if key in record])
+        if len(values):
+            axes.plot(steps, values, alpha=0.3, color=SMALL_COLOUR)
+            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+            axes.plot(steps[window - 1 :], smooth, color=SMALL_COLOUR)
+        axes.set(xlabel="GRPO step", ylabel=f"{label} of the rollouts")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure
+
+
 def step_accuracy(table: dict[str, dict[str, tuple[int, int]]]) -> Figure:
     """Share of right steps by operation, beside each other for every model, with 95 % Wilson intervals.
 

@@ -87,13 +87,11 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             target_modules="all-linear",
-            trainable_token_indices=_embedding_rows(model, tokens),
+            trainable_token_indices=embedding_rows(model, tokens),
             task_type="CAUSAL_LM",
         ),
     )
-    head = trainer.model.get_output_embeddings()
-    if not hasattr(head, "bias"):  # PEFT's wrapper around trained rows has none; TRL's fused loss asks for it
-        head.bias = None
+    ready_for_trl(trainer.model)
     trainer.train()
     # The tags' rows are saved with the adapter; the rest of the grown embeddings is the base model's.
     trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
@@ -103,7 +101,14 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     return log
 
 
-def _embedding_rows(model, tokens: list[int] | None) -> dict[str, list[int]] | None:
+def ready_for_trl(model) -> None:
+    """PEFT's wrapper around trained rows of the output layer has no `bias`, which TRL's fused loss asks for."""
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.bias = None
+
+
+def embedding_rows(model, tokens: list[int] | None) -> dict[str, list[int]] | None:
     """The rows of the embeddings to train; the output layer has rows of its own unless it is tied."""
     if tokens is None:
         return None

@@ -275,8 +275,8 @@ def dtype_of(spec: ModelSpec) -> torch.dtype:
     return torch.float32 if device_of(spec) == "cpu" else torch.bfloat16
 
 
-def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a spec; an adapter is merged, and brings its tokenizer with the tags.
+def load_model(spec: ModelSpec, merge: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a spec; an adapter is merged or left trainable, and brings its tokenizer with the tags.
 
     Raises:
         SrlibError: no such model or adapter, or one of its files is damaged.
@@ -294,7 +294,8 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         from peft import PeftModel
 
         fit_embeddings(model, tokenizer)
-        model = PeftModel.from_pretrained(model, spec.adapter).merge_and_unload()
+        model = PeftModel.from_pretrained(model, spec.adapter, is_trainable=not merge)
+        model = model.merge_and_unload() if merge else model
     return model.eval(), tokenizer
 
 

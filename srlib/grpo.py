@@ -1,0 +1,188 @@
+"""Reinforcement (GRPO): the small model learns when offloading pays, from rollouts that really offload.
+
+Rollouts are written by the controller and the engines of `offload`, the very code of
+inference: where the small model asks, the big one answers, and the tokens that are not the
+small model's own are masked out of the loss. TRL's GRPOTrainer does the rest.
+
+Deviation from the paper (section on reinforcement): there the small model writes between its
+tags itself, and latency is only a target share. `rollout: self` is that recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is new in TRL, and says so every time
+
+from datasets import Dataset  # noqa: E402
+from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl.models import unwrap_model_for_generation  # noqa: E402
+
+from srlib import spans  # noqa: E402
+from srlib.engine.transformers import TransformersEngine, device_of, load_model  # noqa: E402
+from srlib.grade import grade  # noqa: E402
+from srlib.latency import PairSpeed  # noqa: E402
+from srlib.offload import SMALL, Learned, Never, Offloader, Trace  # noqa: E402
+from srlib.params import Grpo, ModelSpec, Offload  # noqa: E402
+from srlib.problems import Problem  # noqa: E402
+from srlib.rewards import PRESETS, REWARDS, Rollout, Targets  # noqa: E402
+from srlib.sft import ready_for_trl  # noqa: E402
+
+
+def train(
+    tuned: ModelSpec,
+    big: TransformersEngine,
+    problems: list[Problem],
+    config: Grpo,
+    offload: Offload,
+    speed: PairSpeed,
+    seed: int,
+    folder: Path,
+) -> list[dict]:
+    """Train the adapter of `tuned` further; it goes to `folder/adapter`, sampled completions to `folder/samples.jsonl`.
+
+    A checkpoint that a killed run left in `folder/trainer` is taken up where it ends.
+
+    Args:
+        tuned: the small model with the adapter of stage 02.
+        big: engine of the big model; never trained.
+        speed: the latency model of the reward.
+
+    Returns:
+        the trainer's log, a record a step: `reward`, `offload_share`, and each reward's mean.
+    """
+    model, tokenizer = load_model(tuned, merge=False)
+    ready_for_trl(model)
+    weights = config.reward_weights or PRESETS[config.preset]
+    rollouts = Rollouts(tokenizer, big, problems, config, offload, seed, folder / "samples.jsonl")
+    targets = Targets(speed, config.coverage_target)
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=[_for_trl(name, targets) for name in weights],
+        args=GRPOConfig(
+            output_dir=str(folder / "trainer"),
+            max_steps=config.max_steps,
+            per_device_train_batch_size=config.batch_size,
+            num_generations=config.num_generations,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=min(5, config.max_steps // 10),
+            temperature=config.temperature,
+            beta=config.beta,
+            loss_type=config.loss_type,
+            scale_rewards=config.scale_rewards,
+            multi_objective_aggregation=config.aggregation,
+            reward_weights=list(weights.values()),
+            max_completion_length=offload.max_tokens,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=device_of(tuned) == "cpu",
+            logging_steps=1,
+            save_steps=config.save_steps,
+            save_total_limit=1,
+            report_to="none",
+            dataloader_pin_memory=False,
+            seed=seed,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": problem.prompt} for problem in problems]),
+        processing_class=tokenizer,
+        rollout_func=rollouts,
+    )
+    checkpoint = get_last_checkpoint(folder / "trainer") if (folder / "trainer").is_dir() else None
+    rollouts.forget_from(int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # at every checkpoint
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    tokenizer.save_pretrained(folder / "adapter")
+    log = [record for record in trainer.state.log_history if "reward" in record]
+    (folder / "log.json").write_text(json.dumps(log, indent=1))
+    shutil.rmtree(folder / "trainer")  # what is kept is the adapter, in safetensors
+    return log
+
+
+class Rollouts:
+    """TRL's `rollout_func`: a prompt in, a trace by two models out."""
+
+    def __init__(self, tokenizer, big, problems: list[Problem], config: Grpo, offload: Offload, seed: int, samples: Path):
+        self.tokenizer, self.big, self.config, self.offload = tokenizer, big, config, offload
+        self.answers = {problem.prompt: problem.answer for problem in problems}
+        self.seed, self.samples = seed, samples
+
+    def forget_from(self, step: int) -> None:
+        """Drop samples of `step` and later: a run taken up from a checkpoint writes them again."""
+        kept = self.samples.read_text(encoding="utf-8").splitlines(True) if self.samples.is_file() else []
+        self.samples.write_text("".join(line for line in kept if json.loads(line)["step"] < step), encoding="utf-8")
+
+    def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        step = trainer.state.global_step
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            training = model.training
+            model.eval()
+            small = TransformersEngine(model, self.tokenizer, slots=min(len(prompts), self.offload.batch_size))
+            traces = self.write(small, prompts, step)
+            model.train(training)
+        rollouts = [self.rollout(prompt, trace) for prompt, trace in zip(prompts, traces)]
+        if step % self.config.sample_every == 0:
+            with self.samples.open("a", encoding="utf-8") as file:
+                for r in rollouts[: self.config.num_generations]:
+                    file.write(json.dumps({"step": step, "text": r.text, "correct": r.correct, "share": r.share}) + "\n")
+        return {
+            "prompt_ids": [trace.prompt_ids for trace in traces],
+            "completion_ids": [trace.ids for trace in traces],
+            "logprobs": [
+                [p if owner == SMALL else float("nan") for p, owner in zip(t.logprobs, t.owners)] for t in traces
+            ],
+            "env_mask": [[int(owner == SMALL) for owner in trace.owners] for trace in traces],
+            "rollout": rollouts,
+        }
+
+    def write(self, small: TransformersEngine, prompts: list[str], step: int) -> list[Trace]:
+        """One trace a prompt, with the current weights; the seed moves on with the step."""
+        alone = self.config.rollout == "self"
+        writer = Offloader(
+            small,
+            None if alone else self.big,
+            Never() if alone else Learned(),
+            max_tokens=self.offload.max_tokens,
+            span_budget=self.offload.span_budget,
+            control_chunk=self.offload.control_chunk,
+            batch_size=self.offload.batch_size,
+            temperature=self.config.temperature,
+            seed=self.seed * 1_000_003 + step,
+        )
+        return writer.run(prompts)
+
+    def rollout(self, prompt: str, trace: Trace) -> Rollout:
+        """The counts that rewards are made of; with `rollout: self`, what stands between tags counts as the big model's."""
+        text = self.tokenizer.decode(trace.ids, skip_special_tokens=True)
+        plain = spans.inside(trace.ids, trace.tags)
+        return Rollout(
+            text=text,
+            correct=grade(spans.strip(text), self.answers[prompt]).correct,
+            group=prompt,
+            prompt_tokens=len(trace.prompt_ids),
+            small_tokens=len(plain) - sum(plain),
+            big_tokens=sum(plain),
+            handovers=len(spans.parse(trace.ids, trace.tags)),
+            well_formed=not trace.malformed,
+            max_tokens=self.offload.max_tokens,
+            tokens=len(trace.ids),
+        )
+
+
+def _for_trl(name: str, targets: Targets):
+    """A reward as TRL calls it; `accuracy` also logs the mean offload share."""
+
+    def reward(prompts, completions, rollout, log_metric, **kwargs) -> list[float]:
+        if name == "accuracy":
+            log_metric("offload_share", sum(r.share for r in rollout) / len(rollout))
+        return REWARDS[name](rollout, targets)
+
+    reward.__name__ = name
+    return reward

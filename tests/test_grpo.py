@@ -1,0 +1,173 @@
+"""GRPO on rollouts that really offload: masks, log-probabilities, gradients, resuming."""
+
+import json
+import math
+from itertools import islice
+
+import pytest
+import torch
+
+from srlib import arith, engine, grpo, latency
+from srlib.engine.transformers import TransformersEngine, load_model
+from srlib.offload import BIG, SMALL
+from srlib.params import Arith, Grpo, Latency, ModelSpec, Offload
+from srlib.sft import add_tags, embedding_rows, fit_embeddings
+from tests.conftest import random_model
+
+OFFLOAD = Offload(max_tokens=24, span_budget=3, batch_size=16)
+CONFIG = Grpo(max_steps=2, batch_size=8, num_generations=4, n_problems=8, save_steps=1, sample_every=1, learning_rate=1e-2)
+SPEED = latency.pair_speed(Latency())
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return list(islice(arith.generate(Arith(min_steps=1, max_steps=2), "traces", 0), 8))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A small model on disk with an untrained adapter and tags it writes often, and a big engine."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = arith.tokenizer()
+    random_model(len(tokenizer), 1, loud=(0,)).save_pretrained(folder / "small")
+    tokenizer.save_pretrained(folder / "small")
+    spec = ModelSpec(path=str(folder / "small"))
+    model, tokenizer = load_model(spec)
+    tags = add_tags(tokenizer)
+    torch.manual_seed(0)
+    fit_embeddings(model, tokenizer)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tags] = 1.2 * torch.randn(2, 64)
+    rows = embedding_rows(model, tags)
+    config = LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=rows, init_lora_weights=False)
+    peft = get_peft_model(model, config)
+    peft.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    tokenizer.save_pretrained(folder / "adapter")
+    return spec.model_copy(update={"adapter": str(folder / "adapter")})
+
+
+@pytest.fixture
+def big():
+    tokenizer = arith.tokenizer()
+    return TransformersEngine(random_model(len(tokenizer), 2), tokenizer, slots=16)
+
+
+class Spy(grpo.Rollouts):
+    """Rollouts that keep what they gave."""
+
+    kept: list[dict]
+
+    def __call__(self, prompts, trainer):
+        given = super().__call__(prompts, trainer)
+        self.kept.append(given)
+        return given
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    Spy.kept = []
+    monkeypatch.setattr(grpo, "Rollouts", Spy)
+    return Spy.kept
+
+
+def test_masks_ids_and_logprobs_align(tuned, big, problems, tmp_path, spy, monkeypatch):
+    traces = []
+    write = grpo.Rollouts.write
+    monkeypatch.setattr(Spy, "write", lambda *a: traces.append(write(*a)) or traces[-1])
+    config = CONFIG.model_copy(update={"max_steps": 1, "batch_size": 32})
+    grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path)
+    given, (written,) = spy[0], traces
+    # recomputed with the weights of the step in one full pass: merged here, live in the rollout
+    model, _ = load_model(tuned)
+    foreign = 0
+    for i, trace in enumerate(written):
+        mask, logprobs = given["env_mask"][i], given["logprobs"][i]
+        assert len(mask) == len(logprobs) == len(given["completion_ids"][i]) == len(trace.ids)
+        with torch.no_grad():
+            full = model(torch.tensor([trace.prompt_ids + trace.ids])).logits[0].log_softmax(-1)
+        for j, (token, owner) in enumerate(zip(trace.ids, trace.owners)):
+            assert mask[j] == (owner == SMALL)
+            assert math.isnan(logprobs[j]) == (owner != SMALL)
+            if owner == SMALL:
+                assert logprobs[j] == pytest.approx(float(full[len(trace.prompt_ids) + j - 1, token]), abs=1e-4)
+        foreign += trace.owners.count(BIG)
+    assert foreign > 20  # the big model really wrote
+    assert any(h.closed_by == "small" for t in written for h in t.handovers)
+
+
+@pytest.mark.parametrize(("loss_type", "beta"), [("dapo", 0.0), ("dr_grpo", 0.0), ("grpo", 0.1)])
+def test_foreign_tokens_have_no_gradient(tuned, big, problems, tmp_path, monkeypatch, loss_type, beta):
+    """What the loss does to the logits of a position is zero wherever the token is not the policy's own."""
+    masks, gradients = [], []
+    compute = grpo.GRPOTrainer._compute_loss
+
+    def spying(self, model, inputs):
+        masks.append((inputs["tool_mask"] * inputs["completion_mask"]).bool())
+        decoder = self.accelerator.unwrap_model(model).get_base_model().get_decoder()
+
+        def keep(module, arguments, output):
+            hidden = output.last_hidden_state
+            if hidden.requires_grad:
+                hidden.register_hook(lambda g: gradients.append(g.detach()))
+
+        handle = decoder.register_forward_hook(keep)
+        try:
+            return compute(self, model, inputs)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(grpo.GRPOTrainer, "_compute_loss", spying)
+    config = CONFIG.model_copy(update={"max_steps": 1, "batch_size": 16, "loss_type": loss_type, "beta": beta})
+    grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 3, tmp_path)
+    mask, gradient = masks[0], gradients[0]
+    # the hidden state that predicts completion token j stands one place before it
+    size = mask.shape[1]
+    predicting = gradient[:, -size - 1 : -1].abs().sum(-1)
+    assert (~mask).sum() > 10
+    assert predicting[~mask].max() == 0
+    assert predicting[mask].max() > 0
+
+
+def test_a_killed_training_is_taken_up(tuned, big, problems, tmp_path, monkeypatch):
+    whole = grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "whole")
+    assert not list((tmp_path / "whole").rglob("*.pt"))
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self, prompts, trainer):
+        if trainer.state.global_step == 1:
+            raise Killed
+        return write(self, prompts, trainer)
+
+    write = grpo.Rollouts.__call__
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(grpo.Rollouts, "__call__", kill)
+        grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "adapter").exists()
+    with (tmp_path / "cut" / "samples.jsonl").open("a") as file:  # of the step that was not finished
+        file.write(json.dumps({"step": 1, "text": "lost", "correct": False, "share": 0.0}) + "\n")
+    log = grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "cut")
+    assert [r["step"] for r in log] == [1, 2]
+    assert [r["reward"] for r in log] == pytest.approx([r["reward"] for r in whole], abs=1e-5)
+    samples = [json.loads(line) for line in (tmp_path / "cut" / "samples.jsonl").open()]
+    assert {s["step"] for s in samples} == {0, 1} and "lost" not in {s["text"] for s in samples}
+
+
+def test_the_adapter_moves_and_loads(tuned, big, problems, tmp_path):
+    log = grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path)
+    assert {"reward", "offload_share", "rewards/accuracy/mean", "rewards/latency/mean"} <= set(log[-1])
+    before, after = engine.load(tuned), engine.load(tuned.model_copy(update={"adapter": str(tmp_path / "adapter")}))
+    old, new = (e.model.get_output_embeddings().weight for e in (before, after))
+    assert not torch.equal(old[98:], new[98:])  # the tags' rows
+    assert torch.equal(old[:98], new[:98])
+
+
+def test_self_rollouts_never_ask_the_big_model(tuned, big, problems, tmp_path, spy):
+    config = CONFIG.model_copy(update={"rollout": "self", "preset": "paper", "max_steps": 1})
+    grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path)
+    assert big.counters.forward_tokens == 0
+    assert all(all(mask) for mask in spy[0]["env_mask"])
+    assert any(r.big_tokens for r in spy[0]["rollout"])  # tokens between tags are counted as asked for
