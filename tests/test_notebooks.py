@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
@@ -63,7 +65,7 @@ def test_everything_is_there(finished):
     wanted = """policy dataset n_problems samples_per_problem max_tokens accuracy ci95 offload_share handovers
     truncated_share wall_s tokens_per_s small_forward_tokens big_forward_tokens least_forward_tokens""".split()
     assert all(set(wanted) <= set(row) for row in rows)
-    assert [row["policy"] for row in rows][:4] == ["small", "big", "learned", "learned_off"]
+    assert [row["policy"] for row in rows][:5] == ["small", "big", "learned", "grpo", "learned_off"]
     assert (run / "05_evaluate" / "accuracy_by_share.png").stat().st_size > 10_000
     assert "05_evaluate/accuracy_by_share.png" in printed.splitlines()[-1]
     manifest = json.loads((run / "manifest.json").read_text())
@@ -93,7 +95,7 @@ def test_only_what_changed_runs_again(copy):
     assert "random_0.40" in done.stdout and "random_0.50" not in done.stdout
 
 
-def test_a_failing_cell_ends_the_run_and_is_redone(copy):
+def test_a_failing_cell_ends_the_run(copy):
     broken = ("run", "params/smoke.yaml", "--set", f"outputs={copy}", "--set", "sft.max_length=16")
     done = srlib(*broken)
     assert done.returncode == 1
@@ -101,11 +103,23 @@ def test_a_failing_cell_ends_the_run_and_is_redone(copy):
     assert "02_sft: SrlibError: sft.max_length is 16, but the longest trace has" in done.stderr
     assert "smoke/02_sft/02_sft.ipynb" in done.stderr
     assert json.loads((copy / "smoke" / "manifest.json").read_text())["stages"]["02_sft"]["state"] == "failed"
-    # the failed stage is not taken for complete; those after it stay as they were, and are checked
-    again = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}")
-    assert again.returncode == 0, again.stderr
-    assert "02_sft           done in" in again.stdout
-    assert "00_arith_pair    unchanged" in again.stdout
+
+
+def test_a_killed_run_goes_on(copy):
+    command = [sys.executable, "-m", "srlib", "run", "params/smoke.yaml", "--set", f"outputs={copy}", "--from", "02_sft"]
+    manifest = copy / "smoke" / "manifest.json"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while json.loads(manifest.read_text())["stages"]["02_sft"]["state"] != "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads(manifest.read_text())["stages"]["02_sft"]["state"] == "running"
+    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}")
+    assert done.returncode == 0, done.stderr
+    assert "02_sft           done in" in done.stdout and "01_annotate      unchanged" in done.stdout
+    assert {r["state"] for r in json.loads(manifest.read_text())["stages"].values()} == {"complete"}
 
 
 def test_bad_parameters(finished):
@@ -116,7 +130,7 @@ def test_bad_parameters(finished):
 def test_a_missing_adapter(copy):
     shutil.rmtree(copy / "smoke" / "02_sft" / "adapter")
     message = refuses(copy)
-    assert "04_offload: There is no adapter in" in message and "--only 02_sft" in message
+    assert "03_grpo: There is no adapter in" in message and "--only 02_sft" in message
 
 
 def test_a_truncated_model(copy):
