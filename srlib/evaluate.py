@@ -48,18 +48,7 @@ def run(
         the policy's row of `results.json`, and a record for each completion with its problem's
         id, text, owners, and grade.
     """
-    writer = Offloader(
-        small,
-        big,
-        policy,
-        max_tokens=config.max_tokens,
-        span_budget=config.span_budget,
-        control_chunk=config.control_chunk,
-        batch_size=config.batch_size,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=seed,
-    )
+    writer = Offloader(small, big, policy, **config.settings, seed=seed)
     asked = [problem for problem in problems for _ in range(samples)]
     start = time.perf_counter()
     traces = writer.run([problem.prompt for problem in asked], progress=True)

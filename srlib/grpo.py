@@ -145,16 +145,15 @@ class Rollouts:
     def write(self, small: TransformersEngine, prompts: list[str], step: int) -> list[Trace]:
         """One trace a prompt, with the current weights; the seed moves on with the step."""
         alone = self.config.rollout == "self"
+        settings = self.offload.settings
+        settings["big_temperature"] = settings["temperature"]  # the big model answers as it will at inference
+        settings["temperature"], settings["top_p"] = self.config.temperature, 1.0
         writer = Offloader(
             small,
             None if alone else self.big,
             Never() if alone else Learned(),
-            max_tokens=self.offload.max_tokens,
-            span_budget=self.offload.span_budget,
-            control_chunk=self.offload.control_chunk,
-            batch_size=self.offload.batch_size,
-            temperature=self.config.temperature,
             seed=self.seed * 1_000_003 + step,
+            **settings,
         )
         return writer.run(prompts)
 

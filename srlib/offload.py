@@ -125,7 +125,7 @@ class Writer:
         self.o, self.seed = offloader, seed
         self.trace = Trace(list(prompt_ids), offloader.tags)
         self.small = _Side(offloader.small, prompt_ids, **offloader.sampling, seed=seed)
-        self.big = _Side(offloader.big, prompt_ids, **offloader.sampling, seed=seed + 1)
+        self.big = _Side(offloader.big, prompt_ids, **offloader.big_sampling, seed=seed + 1)
         contexts = [engine.context for engine in (offloader.small, offloader.big) if engine is not None]
         self.room = min(offloader.max_tokens, min(contexts) - len(prompt_ids))
         if self.room <= 0:
@@ -308,6 +308,7 @@ class Offloader:
             where it takes over are lost, so 1 wastes nothing. Always 1 if a tag is several tokens.
         batch_size: traces written at the same time.
         temperature, top_p: of both models; temperature 0 is greedy.
+        big_temperature: of the big model, where it is to differ.
         seed: with the prompt, it fixes a trace, whatever is written beside it.
 
     Raises:
@@ -326,11 +327,13 @@ class Offloader:
         batch_size: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        big_temperature: float | None = None,
         seed: int = 0,
     ) -> None:
         self.small, self.big, self.policy = small, big, policy
         self.max_tokens, self.span_budget = max_tokens, span_budget
         self.sampling = {"temperature": temperature, "top_p": top_p}
+        self.big_sampling = {**self.sampling, "temperature": temperature if big_temperature is None else big_temperature}
         self.seed = seed
         self.engines = [engine for engine in (small, big) if engine is not None]
         self.batch_size = min(batch_size, *(engine.slots for engine in self.engines))

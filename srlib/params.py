@@ -164,6 +164,11 @@ class Offload(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     n_demo: int = Field(64, ge=1, description="problems in the batch of notebook 04")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of an `Offloader`."""
+        return self.model_dump(exclude={"n_demo"})
+
 
 class Evaluate(Section):
     n_problems: int = Field(1000, ge=2)
