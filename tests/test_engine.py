@@ -126,6 +126,9 @@ def test_load_errors(pair, tokenizer, tmp_path):
         engine.load(ModelSpec(path=str(tmp_path / "m"), adapter=str(tmp_path / "none")))
     with pytest.raises(SrlibError, match="There is no model in models/x/y"):
         engine.load("models/x/y")
+    if not torch.cuda.is_available():
+        with pytest.raises(SrlibError, match="device is cuda, but torch sees no GPU here"):
+            engine.load(ModelSpec(path=str(tmp_path / "m"), device="cuda"))
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SrlibError, match="model.safetensors is damaged"):

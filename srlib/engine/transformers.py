@@ -264,7 +264,13 @@ class TransformersEngine:
 
 
 def device_of(spec: ModelSpec) -> str:
-    """The device a spec asks for; `auto` is the GPU if there is one."""
+    """The device a spec asks for; `auto` is the GPU if there is one.
+
+    Raises:
+        SrlibError: a GPU is asked for, and there is none.
+    """
+    if spec.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SrlibError(f"device is {spec.device}, but torch sees no GPU here; set it to auto or cpu.")
     return spec.device if spec.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
