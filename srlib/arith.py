@@ -121,7 +121,8 @@ def train(network: Qwen2ForCausalLM, config: Arith, shape: ArithModel, seed: int
     ]
     warmup = 20
     schedule = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i + 1) / warmup, 1 - i / shape.train_steps)) for o in optimizers
+        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i + 1) / warmup, 1 - i / shape.train_steps))
+        for o in optimizers
     ]
     network.train()
     threads = torch.get_num_threads()

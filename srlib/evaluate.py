@@ -40,7 +40,15 @@ class Difference:
 
 
 def run(
-    small, big, policy: Policy, problems: list[Problem], config: Offload, *, dataset: str, samples: int = 1, seed: int = 0
+    small,
+    big,
+    policy: Policy,
+    problems: list[Problem],
+    config: Offload,
+    *,
+    dataset: str,
+    samples: int = 1,
+    seed: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Write and grade every problem `samples` times under one policy.
 

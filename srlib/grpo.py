@@ -11,27 +11,24 @@ tags itself, and latency is only a target share. `rollout: self` is that recipe.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is new in TRL, and says so every time
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
 
-from datasets import Dataset  # noqa: E402
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
-from trl.models import unwrap_model_for_generation  # noqa: E402
-
-from srlib import spans  # noqa: E402
-from srlib.engine.transformers import TransformersEngine, device_of, load_model  # noqa: E402
-from srlib.grade import grade  # noqa: E402
-from srlib.latency import PairSpeed  # noqa: E402
-from srlib.offload import SMALL, Learned, Never, Offloader, Trace  # noqa: E402
-from srlib.params import Grpo, ModelSpec, Offload  # noqa: E402
-from srlib.problems import Problem  # noqa: E402
-from srlib.rewards import PRESETS, REWARDS, Rollout, Targets  # noqa: E402
-from srlib.sft import ready_for_trl  # noqa: E402
+from srlib import spans
+from srlib.engine.transformers import TransformersEngine, device_of, load_model
+from srlib.grade import grade
+from srlib.latency import PairSpeed
+from srlib.offload import SMALL, Learned, Never, Offloader, Trace
+from srlib.params import Grpo, ModelSpec, Offload
+from srlib.problems import Problem
+from srlib.rewards import PRESETS, REWARDS, Rollout, Targets
+from srlib.sft import ready_for_trl
 
 
 def train(
@@ -109,7 +106,9 @@ def train(
 class Rollouts:
     """TRL's `rollout_func`: a prompt in, a trace by two models out."""
 
-    def __init__(self, tokenizer, big, problems: list[Problem], config: Grpo, offload: Offload, seed: int, samples: Path):
+    def __init__(
+        self, tokenizer, big, problems: list[Problem], config: Grpo, offload: Offload, seed: int, samples: Path
+    ):
         self.tokenizer, self.big, self.config, self.offload = tokenizer, big, config, offload
         self.answers = {problem.prompt: problem.answer for problem in problems}
         self.seed, self.samples = seed, samples
@@ -131,7 +130,9 @@ class Rollouts:
         if step % self.config.sample_every == 0:
             with self.samples.open("a", encoding="utf-8") as file:
                 for r in rollouts[: self.config.num_generations]:
-                    file.write(json.dumps({"step": step, "text": r.text, "correct": r.correct, "share": r.share}) + "\n")
+                    file.write(
+                        json.dumps({"step": step, "text": r.text, "correct": r.correct, "share": r.share}) + "\n"
+                    )
         return {
             "prompt_ids": [trace.prompt_ids for trace in traces],
             "completion_ids": [trace.ids for trace in traces],
@@ -158,7 +159,7 @@ class Rollouts:
         return writer.run(prompts)
 
     def rollout(self, prompt: str, trace: Trace) -> Rollout:
-        """The counts that rewards are made of; with `rollout: self`, what stands between tags counts as the big model's."""
+        """The counts that rewards are made of; with `rollout: self`, what the small model asks for counts as big."""
         text = self.tokenizer.decode(trace.ids, skip_special_tokens=True)
         plain = spans.inside(trace.ids, trace.tags)
         return Rollout(

@@ -77,9 +77,8 @@ def pair_speed(config: Latency, small=None, big=None) -> PairSpeed:
     for name in (config.small, config.big):
         if name not in table:
             near = nearest(name, list(table))
-            raise SrlibError(
-                f"The table {config.source} has no model {name!r}; it has {', '.join(table)}{near and f' (nearest: {near})'}."
-            )
+            hint = f" (nearest: {near})" if near else ""
+            raise SrlibError(f"The table {config.source} has no model {name!r}; it has {', '.join(table)}{hint}.")
     speeds = [Speed(1 / decode, 1 / prefill) for decode, prefill in (table[config.small], table[config.big])]
     return PairSpeed(*speeds, config.handover_s)
 

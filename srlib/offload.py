@@ -333,7 +333,10 @@ class Offloader:
         self.small, self.big, self.policy = small, big, policy
         self.max_tokens, self.span_budget = max_tokens, span_budget
         self.sampling = {"temperature": temperature, "top_p": top_p}
-        self.big_sampling = {**self.sampling, "temperature": temperature if big_temperature is None else big_temperature}
+        self.big_sampling = {
+            **self.sampling,
+            "temperature": temperature if big_temperature is None else big_temperature,
+        }
         self.seed = seed
         self.engines = [engine for engine in (small, big) if engine is not None]
         self.batch_size = min(batch_size, *(engine.slots for engine in self.engines))

@@ -127,7 +127,8 @@ REWARD_NAMES = ("accuracy", "scaffold", "tag_count", "coverage", "latency", "hel
 
 class Grpo(Section):
     rollout: Literal["true_offload", "self"] = Field(
-        "true_offload", description="the big model answers in the rollouts, or the small one writes it all, as in the paper"
+        "true_offload",
+        description="the big model answers in the rollouts, or the small one writes it all, as in the paper",
     )
     preset: Literal["offload", "paper", "relay"] = Field("offload", description="ready-made reward weights")
     reward_weights: dict[str, float] = Field({}, description="weights by reward; empty: those of the preset")
@@ -148,7 +149,9 @@ class Grpo(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Grpo:
         if self.batch_size % self.num_generations:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of num_generations {self.num_generations}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of num_generations {self.num_generations}"
+            )
         for name in self.reward_weights:
             if name not in REWARD_NAMES:
                 raise ValueError(f"reward_weights: {_unknown(name, list(REWARD_NAMES))}")

@@ -117,7 +117,9 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
     """
     figure, axes = _axes(8, 4.4)
     by_name = {row["policy"]: row for row in rows}
-    alone = [(by_name[name], colour) for name, colour in (("small", SMALL_COLOUR), ("big", BIG_COLOUR)) if name in by_name]
+    alone = [
+        (by_name[name], colour) for name, colour in (("small", SMALL_COLOUR), ("big", BIG_COLOUR)) if name in by_name
+    ]
     for row, colour in alone:
         axes.axhline(row["accuracy"], color=colour, linestyle="--", label=f"{row['policy']} alone")
         axes.axhspan(*row["ci95"], color=colour, alpha=0.12)

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-import srlib  # noqa: F401  (sets the environment before torch is imported)
+import srlib  # noqa: F401  (first: it sets the environment that torch reads when imported)
+
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM

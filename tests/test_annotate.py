@@ -26,7 +26,11 @@ def test_choice_keeps_its_budgets(gaps, threshold, merge_gap, size, share):
     assert chosen == sorted(chosen)
     assert len(marked) == sum(end - start for start, end in chosen) <= share * len(gaps)
     hard = {i for i, gap in enumerate(gaps) if gap > threshold}
-    bridged = {i for i in marked - hard if not (set(range(i - merge_gap, i)) & hard and set(range(i, i + merge_gap + 1)) & hard)}
+    bridged = {
+        i
+        for i in marked - hard
+        if not (set(range(i - merge_gap, i)) & hard and set(range(i, i + merge_gap + 1)) & hard)
+    }
     assert not bridged
     if share == 1 and merge_gap == 0:
         assert marked == hard

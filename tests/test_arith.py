@@ -60,7 +60,9 @@ def test_step_accuracy_counts_an_error_where_it_is_made():
 
 
 def test_training_learns_something(tmp_path):
-    config = Arith(min_steps=1, max_steps=2, small={"train_steps": 30}, big={"train_steps": 1, "num_attention_heads": 1})
+    config = Arith(
+        min_steps=1, max_steps=2, small={"train_steps": 30}, big={"train_steps": 1, "num_attention_heads": 1}
+    )
     losses = arith.make_pair(config, 0, tmp_path)
     assert len(losses["small"]) == 30
     assert sum(losses["small"][-5:]) < 0.7 * sum(losses["small"][:5])

@@ -25,7 +25,7 @@ def test_ragged_batch_writes_what_generate_writes(pair, engines, prompts):
 
 def test_logprobs_are_those_of_one_full_pass(pair, engines, prompts):
     small, _ = engines
-    request, = small.run(Request(small.open([]), feed=prompts[0], max_new=12))
+    (request,) = small.run(Request(small.open([]), feed=prompts[0], max_new=12))
     scored = small.score([prompts[0] + request.ids, prompts[1]])
     assert request.logprobs == pytest.approx(scored[0][len(prompts[0]) - 1 :], abs=1e-4)
     assert len(scored[1]) == len(prompts[1]) - 1
@@ -39,7 +39,7 @@ def test_one_extend_decides_as_n_separate_passes(pair, engines, prompts):
     sequence = small.open([])
     small.run(Request(sequence, feed=prompt))
     before = small.counters.forward_tokens
-    request, = small.run(Request(sequence, feed=chunk, watch=watch))
+    (request,) = small.run(Request(sequence, feed=chunk, watch=watch))
     assert small.counters.forward_tokens - before == len(chunk)
     for i in range(len(chunk)):
         with torch.no_grad():
@@ -51,11 +51,11 @@ def test_one_extend_decides_as_n_separate_passes(pair, engines, prompts):
 def test_work_in_turns_processes_every_token_once(engines, prompts):
     small, _ = engines
     sequence = small.open([])
-    a, = small.run(Request(sequence, feed=prompts[0], max_new=5))
-    b, = small.run(Request(sequence, feed=prompts[1]))
-    c, = small.run(Request(sequence, max_new=5))
+    (a,) = small.run(Request(sequence, feed=prompts[0], max_new=5))
+    (b,) = small.run(Request(sequence, feed=prompts[1]))
+    (c,) = small.run(Request(sequence, max_new=5))
     whole = prompts[0] + a.ids + prompts[1]
-    again, = small.run(Request(small.open([]), feed=whole, max_new=5))
+    (again,) = small.run(Request(small.open([]), feed=whole, max_new=5))
     assert c.ids == again.ids
     assert c.ids[0] == b.own[-1]
     assert sequence.forwarded == len(whole) + 4
@@ -67,8 +67,8 @@ def test_truncate_takes_back(engines, prompts):
     sequence = small.open([])
     small.run(Request(sequence, feed=prompts[0] + prompts[1]))
     small.truncate(sequence, len(prompts[0]))
-    a, = small.run(Request(sequence, max_new=6))
-    b, = small.run(Request(small.open([]), feed=prompts[0], max_new=6))
+    (a,) = small.run(Request(sequence, max_new=6))
+    (b,) = small.run(Request(small.open([]), feed=prompts[0], max_new=6))
     assert a.ids == b.ids
     assert small.counters.discarded_tokens == len(prompts[1]) + 1  # the last one left is read again for its logits
 
@@ -76,11 +76,11 @@ def test_truncate_takes_back(engines, prompts):
 def test_slots_are_reused_and_counted(pair, tokenizer, prompts):
     one = TransformersEngine(pair[0], tokenizer, slots=1)
     first = one.open([])
-    a, = one.run(Request(first, feed=prompts[0] * 10, max_new=4))
+    (a,) = one.run(Request(first, feed=prompts[0] * 10, max_new=4))
     with pytest.raises(RuntimeError, match="all 1 slots are taken"):
         one.open([])
     one.close(first)
-    b, = one.run(Request(one.open([]), feed=prompts[1], max_new=8))
+    (b,) = one.run(Request(one.open([]), feed=prompts[1], max_new=8))
     assert b.ids == generate(pair[0], prompts[1], 8) or 0 in b.ids
 
 
@@ -108,9 +108,9 @@ def test_greedy_is_the_limit_of_a_small_nucleus(engines, prompts):
 
 def test_stops_of_several_ids(engines, prompts):
     small, _ = engines
-    free, = small.run(Request(small.open([]), feed=prompts[5], max_new=12))
+    (free,) = small.run(Request(small.open([]), feed=prompts[5], max_new=12))
     stop = tuple(free.ids[3:5])
-    held, = small.run(Request(small.open([]), feed=prompts[5], max_new=12, stops=((999,), stop)))
+    (held,) = small.run(Request(small.open([]), feed=prompts[5], max_new=12, stops=((999,), stop)))
     assert held.stopped == stop
     assert held.ids == free.ids[: len(held.ids)]
     assert len(held.ids) <= 5

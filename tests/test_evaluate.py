@@ -77,6 +77,8 @@ def test_a_row_of_results(engines):
     assert (row["n_problems"], row["samples_per_problem"], row["max_tokens"]) == (10, 3, 20)
     assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
     assert len({r["text"] for r in kept if r["id"] == problems[0].id}) > 1  # three samples, three seeds
-    assert row["offload_share"] == sum(r["big_tokens"] for r in kept) / sum(r["big_tokens"] + r["small_tokens"] for r in kept)
+    assert row["offload_share"] == sum(r["big_tokens"] for r in kept) / sum(
+        r["big_tokens"] + r["small_tokens"] for r in kept
+    )
     assert all(len(r["owners"]) <= 20 for r in kept)
     assert row["truncated_share"] == sum(r["finish"] != "eos" for r in kept) / 30

@@ -15,7 +15,9 @@ from srlib.sft import add_tags, embedding_rows, fit_embeddings
 from tests.conftest import random_model
 
 OFFLOAD = Offload(max_tokens=24, span_budget=3, batch_size=16)
-CONFIG = Grpo(max_steps=2, batch_size=8, num_generations=4, n_problems=8, save_steps=1, sample_every=1, learning_rate=1e-2)
+CONFIG = Grpo(
+    max_steps=2, batch_size=8, num_generations=4, n_problems=8, save_steps=1, sample_every=1, learning_rate=1e-2
+)
 SPEED = latency.pair_speed(Latency())
 
 

@@ -106,7 +106,17 @@ def test_a_failing_cell_ends_the_run(copy):
 
 
 def test_a_killed_run_goes_on(copy):
-    command = [sys.executable, "-m", "srlib", "run", "params/smoke.yaml", "--set", f"outputs={copy}", "--from", "02_sft"]
+    command = [
+        sys.executable,
+        "-m",
+        "srlib",
+        "run",
+        "params/smoke.yaml",
+        "--set",
+        f"outputs={copy}",
+        "--from",
+        "02_sft",
+    ]
     manifest = copy / "smoke" / "manifest.json"
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -165,7 +175,15 @@ def test_papermill_alone(copy, tmp_path):
     values = yaml.safe_load((ROOT / "params/smoke.yaml").read_text())
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**values, "outputs": str(copy)}))
     shutil.rmtree(copy / "smoke" / "02_sft")
-    command = [sys.executable, "-m", "papermill", "notebooks/02_sft.ipynb", tmp_path / "out.ipynb", "-f", tmp_path / "mine.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "notebooks/02_sft.ipynb",
+        tmp_path / "out.ipynb",
+        "-f",
+        tmp_path / "mine.yaml",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "unknown parameter" not in done.stderr

@@ -146,7 +146,7 @@ def test_a_prompt_longer_than_the_context(engines, prompts):
     assert [t.finish == "prompt" for t in traces] == [True, False, True]
     assert traces[0].ids == [] and traces[0].big_forward_tokens == traces[0].small_forward_tokens == 0
     nearly = (prompts[0] * 100)[:250]
-    trace, = Offloader(*engines, Never(), max_tokens=24).run([nearly])
+    (trace,) = Offloader(*engines, Never(), max_tokens=24).run([nearly])
     assert len(trace.ids) <= 6
     assert trace.finish in ("length", "eos")
 
@@ -155,7 +155,9 @@ def test_vocabularies_must_agree(engines, tokenizer):
     other = arith.tokenizer()
     other.add_tokens(["<other>"])
     foreign = TransformersEngine(random_model(len(other), 3), other)
-    with pytest.raises(SrlibError, match="do not share a vocabulary: 1 tokens of the big one differ, such as '<other>'"):
+    with pytest.raises(
+        SrlibError, match="do not share a vocabulary: 1 tokens of the big one differ, such as '<other>'"
+    ):
         Offloader(engines[0], foreign, Learned(), max_tokens=8)
 
 
@@ -225,7 +227,7 @@ def test_random_handovers_against_the_reference(tokenizer, data):
         return closing if closes[n % len(closes)] else 5
 
     small, big = Scripted(tokenizer, small_next, own), Scripted(tokenizer, big_next)
-    trace, = Offloader(
+    (trace,) = Offloader(
         small, big, Learned(), max_tokens=max_tokens, span_budget=span_budget, control_chunk=chunk
     ).run([prompt])
 
@@ -266,7 +268,7 @@ def test_tags_of_several_tokens():
 
     small = Scripted(plain, small_script, lambda n: tags.close[0] if n == len(prompt + text + big_ids) else 5)
     big = Scripted(plain, lambda n: big_ids[n - len(prompt) - 4])
-    trace, = Offloader(small, big, Learned(), max_tokens=60, span_budget=8).run([prompt])
+    (trace,) = Offloader(small, big, Learned(), max_tokens=60, span_budget=8).run([prompt])
     assert plain.decode(trace.ids) == "1+2=<bigmodel>34</bigmodel>;7<|endoftext|>"
     assert trace.text(plain) == "1+2=34;7"
     assert trace.handovers[0][:3] == (len(text), 2, "small")
@@ -279,7 +281,7 @@ def test_stray_and_unclosed_tags_have_an_outcome(tokenizer):
     script = {1: 10, 2: closing, 3: 11, 4: opening}
     small = Scripted(tokenizer, lambda n: script.get(n, 12))
     big = Scripted(tokenizer, lambda n: EOS if n >= 5 else 20)
-    trace, = Offloader(small, big, Learned(), max_tokens=20, span_budget=9).run([[50]])
+    (trace,) = Offloader(small, big, Learned(), max_tokens=20, span_budget=9).run([[50]])
     assert trace.ids == [10, closing, 11, opening, 20, 20, EOS]
     assert trace.finish == "eos"
     assert dict(trace.malformed) == {"stray": 1, "unclosed": 1}

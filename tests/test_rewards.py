@@ -101,5 +101,5 @@ def test_calibration_measures_and_leaves_no_trace(engines):
     assert pair.handover == 0.5
     for speed in (pair.small, pair.big):
         assert 0 < speed.prefill < speed.decode < math.inf
-    request, = small.run(Request(small.open([]), feed=[5, 6], max_new=1))  # all slots are free again
+    (request,) = small.run(Request(small.open([]), feed=[5, 6], max_new=1))  # all slots are free again
     assert len(request.ids) == 1

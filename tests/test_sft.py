@@ -14,7 +14,9 @@ def annotated(n):
     trace = "<think>2*3=6;6+1=7;</think>\\boxed{7}"
     at = trace.index("=") + 1
     return [
-        Annotated(id=str(i), prompt="2*3+1?", answer="7", trace=trace, spans=[Span(at, at + 1)], share=0.04, annotator="x")
+        Annotated(
+            id=str(i), prompt="2*3+1?", answer="7", trace=trace, spans=[Span(at, at + 1)], share=0.04, annotator="x"
+        )
         for i in range(n)
     ]
 
@@ -60,7 +62,7 @@ def test_tags_are_learnt_with_the_adapter(saved, tmp_path, tied):
 
     # loaded again, merged, it writes what it was taught, tags and all
     tuned = engine.load(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
-    trace, = offload.Offloader(tuned, None, offload.Never(), max_tokens=40).run(["2*3+1?"])
+    (trace,) = offload.Offloader(tuned, None, offload.Never(), max_tokens=40).run(["2*3+1?"])
     assert tuned.tokenizer.decode(trace.ids) == annotated(1)[0].tagged + "<|endoftext|>"
     assert spans.parse(trace.ids, trace.tags) == [(5, 6)]
     assert trace.finish == "eos" and not trace.malformed
@@ -80,7 +82,7 @@ def test_plain_tags(saved, tmp_path):
     tuned = engine.load(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
     assert len(tuned.tokenizer) == len(arith.tokenizer())
     big = engine.load(spec)
-    trace, = offload.Offloader(tuned, big, offload.Learned(), max_tokens=60, span_budget=2).run(["2*3+1?"])
+    (trace,) = offload.Offloader(tuned, big, offload.Learned(), max_tokens=60, span_budget=2).run(["2*3+1?"])
     assert "<bigmodel>" in tuned.tokenizer.decode(trace.ids)
     assert trace.big_tokens >= 1
 

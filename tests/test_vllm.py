@@ -37,7 +37,11 @@ def test_vllm_writes_what_the_transformers_engine_writes(tmp_path, prompts):
     script.write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, script, tmp_path, json.dumps(prompts[:16])],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     written = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("IDS"))[4:])

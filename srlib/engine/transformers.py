@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     TopPLogitsWarper,
 )
-from transformers.utils import logging
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.utils import logging
 
 from srlib import SrlibError
 from srlib.engine import Counters, Request, Sequence, check
@@ -48,7 +48,9 @@ class _SlotLayer(CacheLayerMixin):
         self.slots, self.length, self.where = slots, 0, None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values = (x.new_zeros(self.slots, x.shape[1], 0, x.shape[3]) for x in (key_states, value_states))
+        self.keys, self.values = (
+            x.new_zeros(self.slots, x.shape[1], 0, x.shape[3]) for x in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
