@@ -130,8 +130,8 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
     if len(curve) > 1:
         _points(axes, curve, "grey", "random", marker="o", linestyle="-")
     others = [row for row in rows if row not in curve and row["policy"] not in ("small", "big")]
-    for row, colour, marker in zip(others, sns.color_palette("dark")[2:], "*DsvP^"):
-        _points(axes, [row], colour, row["policy"], marker=marker, markersize=11, linestyle="none")
+    for row, colour, marker in zip(others, sns.color_palette("dark")[2:], "osDv^P"):
+        _points(axes, [row], colour, row["policy"], marker=marker, markersize=9, markeredgecolor="white", linestyle="none")
     axes.set(xlabel="offload share (tokens by the big model)", ylabel="accuracy", ylim=(0, 1.03))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
