@@ -11,7 +11,6 @@ tags itself, and latency is only a target share. `rollout: self` is that recipe.
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from srlib.offload import SMALL, Learned, Never, Offloader, Trace
 from srlib.params import Grpo, ModelSpec, Offload
 from srlib.problems import Problem
 from srlib.rewards import PRESETS, REWARDS, Rollout, Targets
-from srlib.sft import ready_for_trl
+from srlib.sft import ready_for_trl, save_adapter
 
 
 def train(
@@ -95,11 +94,9 @@ def train(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # at every checkpoint
         trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    tokenizer.save_pretrained(folder / "adapter")
+    save_adapter(trainer, folder)
     log = [record for record in trainer.state.log_history if "reward" in record]
     (folder / "log.json").write_text(json.dumps(log, indent=1))
-    shutil.rmtree(folder / "trainer")  # what is kept is the adapter, in safetensors
     return log
 
 

@@ -8,6 +8,7 @@ keeps the paper's plain text.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from datasets import Dataset
@@ -93,12 +94,20 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     )
     ready_for_trl(trainer.model)
     trainer.train()
-    # The tags' rows are saved with the adapter; the rest of the grown embeddings is the base model's.
-    trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    tokenizer.save_pretrained(folder / "adapter")
+    save_adapter(trainer, folder)
     log = [record for record in trainer.state.log_history if "loss" in record]
     (folder / "log.json").write_text(json.dumps(log, indent=1))
     return log
+
+
+def save_adapter(trainer, folder: Path) -> None:
+    """Adapter and tokenizer to `folder/adapter`, the same bytes for the same training; checkpoints are removed."""
+    for config in trainer.model.peft_config.values():
+        config.target_modules = sorted(config.target_modules)  # a set, written in any order
+    # The tags' rows are saved with the adapter; the rest of the grown embeddings is the base model's.
+    trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    trainer.processing_class.save_pretrained(folder / "adapter")
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
 
 
 def ready_for_trl(model) -> None:

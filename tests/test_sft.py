@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -93,8 +95,11 @@ def test_same_seed_same_adapter(saved, tmp_path):
     for other, name in enumerate("ab"):
         torch.manual_seed(other)  # whatever was drawn before
         sft.train(spec, annotated(16), Sft(epochs=2, batch_size=4), 5, tmp_path / name)
-        adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+        adapters.append({f.name: f.read_bytes() for f in (tmp_path / name / "adapter").iterdir()})
     assert adapters[0] == adapters[1]
+    modules = json.loads(adapters[0]["adapter_config.json"])["target_modules"]
+    assert modules == sorted(modules)  # not in the order of a set, which changes from process to process
+    assert not (tmp_path / "a" / "trainer").exists()
 
 
 def test_errors(saved, tmp_path):
