@@ -4,8 +4,8 @@ A problem is a chain such as `37+5*7-8?`, computed from left to right modulo 100
 writes every step, `<think>37+5=42;42*7=94;94-8=86;</think>\\boxed{86}`. Sums are easy for a
 tiny model and products are not, so difficulty sits in a few tokens, as in real traces.
 
-The models have the Qwen2 architecture and are trained here from scratch, in about two minutes
-on two cores; everything downstream loads them as it would load models from a hub.
+The models have the Qwen2 architecture and are trained here from scratch, in about three minutes
+on one core; everything downstream loads them as it would load models from a hub.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -58,24 +58,15 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
     Raises:
         SrlibError: something is missing or damaged; the sentence names it and the stage that makes it.
     """
-    from srlib.annotate import Annotated
-
-    checks = {
-        "pair": ("00_arith_pair", lambda: (engine.check(p.small), engine.check(p.big))),
-        "traces": ("00_arith_pair", lambda: problems.load(p.traces)),
-        "test": ("00_arith_pair", lambda: problems.load(p.test)),
-        "annotated": ("01_annotate", lambda: problems.read_jsonl(p.annotated, Annotated)),
-        "adapter": ("02_sft", lambda: engine.check(p.tuned)),
-        "reinforced": ("03_grpo", lambda: engine.check(p.reinforced)),
-    }
-    for artefact in STAGES[stage].reads:
-        maker, check = checks[artefact]
-        if maker in made_now and not _given(p, artefact):
+    for name in STAGES[stage].reads:
+        artefact = _artefacts(p)[name]
+        if artefact.maker in made_now and not artefact.given:
             continue
         try:
-            check()
+            artefact.check()
         except SrlibError as error:
-            mend = "" if _given(p, artefact) else f" Stage {maker} makes it: python -m srlib run … --only {maker}"
+            maker = artefact.maker
+            mend = "" if artefact.given else f" Stage {maker} makes it: python -m srlib run … --only {maker}"
             raise SrlibError(f"{stage}: {error}{mend}") from None
 
 
@@ -121,7 +112,7 @@ def run(p: Params, first: str | None = None, only: str | None = None) -> int:
             raise SrlibError(f"There is no stage {name!r}{f'; did you mean {near!r}?' if near else '.'}")
     names = list(STAGES)
     chosen = [only] if only else names[names.index(first) :] if first else names
-    if p.pair.small.path and p.pair.big.path and p.data.traces and p.data.test:
+    if all(artefact.given for artefact in _artefacts(p).values() if artefact.maker == "00_arith_pair"):
         chosen = [name for name in chosen if name != "00_arith_pair"]  # all it would make is given
     manifest = Manifest(p)
     to_make: list[str] = []
@@ -230,16 +221,8 @@ class Manifest:
 
     def _inputs(self, stage: Stage) -> list[str]:
         """Files and folders a stage reads, as far as they are here."""
-        p = self.p
-        given = {
-            "pair": [p.small.path, p.big.path],
-            "traces": [p.traces],
-            "test": [p.test],
-            "annotated": [p.annotated],
-            "adapter": [p.tuned.adapter],
-            "reinforced": [p.reinforced.adapter],
-        }
-        return [_here(path) for artefact in stage.reads for path in given[artefact] if Path(path).exists()]
+        artefacts = _artefacts(self.p)
+        return [_here(path) for name in stage.reads for path in artefacts[name].paths if Path(path).exists()]
 
     def _outputs(self, name: str) -> dict[str, str]:
         """Digest of each file of a stage but its notebook and figures, which a hand may make again."""
@@ -254,11 +237,33 @@ class Manifest:
         os.replace(part, self.path)
 
 
-def _given(p: Params, artefact: str) -> bool:
-    """Whether the user named it, so that no stage makes it."""
-    pair = p.pair.small.path is not None and p.pair.big.path is not None
-    given = {"pair": pair, "traces": p.data.traces is not None, "test": p.data.test is not None}
-    return given.get(artefact, False)
+@dataclass(frozen=True)
+class _Artefact:
+    """What stages read: who makes it, where it lies, how it is checked, and whether the user named it instead."""
+
+    maker: str
+    paths: tuple[str | Path, ...]
+    check: Callable[[], object]
+    given: bool = False
+
+
+def _artefacts(p: Params) -> dict[str, _Artefact]:
+    from srlib.annotate import Annotated
+
+    own_pair = p.pair.small.path is not None and p.pair.big.path is not None
+    return {
+        "pair": _Artefact(
+            "00_arith_pair",
+            (p.small.path, p.big.path),
+            lambda: (engine.check(p.small), engine.check(p.big)),
+            own_pair,
+        ),
+        "traces": _Artefact("00_arith_pair", (p.traces,), lambda: problems.load(p.traces), p.data.traces is not None),
+        "test": _Artefact("00_arith_pair", (p.test,), lambda: problems.load(p.test), p.data.test is not None),
+        "annotated": _Artefact("01_annotate", (p.annotated,), lambda: problems.read_jsonl(p.annotated, Annotated)),
+        "adapter": _Artefact("02_sft", (p.tuned.adapter,), lambda: engine.check(p.tuned)),
+        "reinforced": _Artefact("03_grpo", (p.reinforced.adapter,), lambda: engine.check(p.reinforced)),
+    }
 
 
 def _digest(path: Path) -> str:

@@ -31,10 +31,7 @@ def losses(curves: dict[str, Sequence[float]], steps: dict[str, Sequence[float]]
     figure, axes = _axes()
     for name, curve in curves.items():
         x = np.arange(1, len(curve) + 1) if steps is None else np.asarray(steps[name])
-        window = max(1, len(curve) // 30)
-        smooth = np.convolve(curve, np.ones(window) / window, mode="valid")
-        (line,) = axes.plot(x[window - 1 :], smooth, label=name)
-        axes.plot(x, curve, alpha=0.25, color=line.get_color())
+        _running_mean(axes, x, curve, max(1, len(curve) // 30), label=name)
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", yscale="log")
     axes.legend()
     return figure
@@ -48,9 +45,7 @@ def learning_curves(log: Sequence[dict]) -> Figure:
         steps = [record["step"] for record in log if key in record]
         values = np.array([record[key] for record in log if key in record])
         if len(values):
-            axes.plot(steps, values, alpha=0.3, color=SMALL_COLOUR)
-            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            axes.plot(steps[window - 1 :], smooth, color=SMALL_COLOUR)
+            _running_mean(axes, steps, values, window, color=SMALL_COLOUR)
         axes.set(xlabel="GRPO step", ylabel=f"{label} of the rollouts")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
@@ -143,6 +138,12 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
     )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     return figure
+
+
+def _running_mean(axes, x: Sequence[float], values: Sequence[float], window: int, **style) -> None:
+    """A running mean in full colour over the raw values in pale."""
+    (line,) = axes.plot(x[window - 1 :], np.convolve(values, np.ones(window) / window, mode="valid"), **style)
+    axes.plot(x, values, alpha=0.25, color=line.get_color())
 
 
 def _points(axes, rows: Sequence[dict], colour, label: str, **style) -> None:

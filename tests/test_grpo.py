@@ -167,9 +167,11 @@ def test_the_adapter_moves_and_loads(tuned, big, problems, tmp_path):
     assert torch.equal(old[:98], new[:98])
 
 
-def test_self_rollouts_never_ask_the_big_model(tuned, big, problems, tmp_path, spy):
-    config = CONFIG.model_copy(update={"rollout": "self", "preset": "paper", "max_steps": 1})
-    grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path)
+@pytest.mark.parametrize("preset", ["paper", "relay"])
+def test_self_rollouts_never_ask_the_big_model(tuned, big, problems, tmp_path, spy, preset):
+    config = CONFIG.model_copy(update={"rollout": "self", "preset": preset, "max_steps": 1})
+    log = grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path)
+    assert log[0]["offload_share"] > 0  # logged whatever is paid
     assert big.counters.forward_tokens == 0
     assert all(all(mask) for mask in spy[0]["env_mask"])
     assert any(r.big_tokens for r in spy[0]["rollout"])  # tokens between tags are counted as asked for
