@@ -26,7 +26,7 @@ from srlib.latency import PairSpeed
 from srlib.offload import SMALL, Learned, Never, Offloader, Trace
 from srlib.params import Grpo, ModelSpec, Offload
 from srlib.problems import Problem
-from srlib.rewards import PRESETS, REWARDS, Rollout, Targets
+from srlib.rewards import REWARDS, Rollout, Targets, weights
 from srlib.sft import ready_for_trl, save_adapter
 
 
@@ -54,12 +54,12 @@ def train(
     """
     model, tokenizer = load_model(tuned, merge=False)
     ready_for_trl(model)
-    weights = config.reward_weights or PRESETS[config.preset]
+    paid = weights(config)
     rollouts = Rollouts(tokenizer, big, problems, config, offload, seed, folder / "samples.jsonl")
     targets = Targets(speed, config.coverage_target)
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=[_for_trl(name, targets, logs=i == 0) for i, name in enumerate(weights)],
+        reward_funcs=[_for_trl(name, targets, logs=i == 0) for i, name in enumerate(paid)],
         args=GRPOConfig(
             output_dir=str(folder / "trainer"),
             max_steps=config.max_steps,
@@ -73,7 +73,7 @@ def train(
             loss_type=config.loss_type,
             scale_rewards=config.scale_rewards,
             multi_objective_aggregation=config.aggregation,
-            reward_weights=list(weights.values()),
+            reward_weights=list(paid.values()),
             max_completion_length=offload.max_tokens,
             gradient_checkpointing=False,
             bf16=False,

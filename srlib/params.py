@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -131,7 +131,7 @@ class Grpo(Section):
         description="the big model answers in the rollouts, or the small one writes it all, as in the paper",
     )
     preset: Literal["offload", "paper", "relay"] = Field("offload", description="ready-made reward weights")
-    reward_weights: dict[str, float] = Field({}, description="weights by reward; empty: those of the preset")
+    reward_weights: dict[str, float] = Field({}, description="weights by reward, laid over those of the preset")
     coverage_target: float = Field(0.4, gt=0, lt=1)
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     n_problems: int = Field(4000, ge=1)
@@ -176,6 +176,9 @@ class Offload(Section):
 class Evaluate(Section):
     n_problems: int = Field(1000, ge=2)
     samples_per_problem: int = Field(1, ge=1)
+    policies: list[Literal["small", "big", "learned", "grpo", "learned_off", "random"]] = Field(
+        ["small", "big", "learned", "grpo", "learned_off", "random"], min_length=1
+    )
     random_shares: list[float] = [0.05, 0.1, 0.2, 0.4, 0.7]
     random_chunk: int = Field(4, ge=1, description="tokens one owner writes in a row under the random policy")
 
@@ -187,6 +190,13 @@ class Evaluate(Section):
         return self
 
 
+class Base(Section):
+    """Another run that has done some of the stages already."""
+
+    folder: str = Field(description="folder of that run, with its manifest")
+    stages: list[str] = Field(min_length=1, description="stages whose artefacts are taken from there")
+
+
 class Params(Section):
     """Everything a run depends on. Each field is one section of the YAML file."""
 
@@ -194,6 +204,7 @@ class Params(Section):
     seed: int = Field(0, ge=0)
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice")
     outputs: str = Field("outputs", description="folder that holds the runs")
+    base: Base | None = Field(None, description="a run whose earlier stages this one shares")
     pair: Pair = Pair()
     data: Data = Data()
     arith: Arith = Arith()
@@ -209,8 +220,13 @@ class Params(Section):
         """The run's folder; a relative `outputs` is taken from the clone."""
         return ROOT / self.outputs / self.run
 
+    def where(self, stage: str) -> Path:
+        """The folder of a stage's artefacts, which may be another run's."""
+        shared = self.base is not None and stage in self.base.stages
+        return (ROOT / self.base.folder if shared else self.run_dir) / stage
+
     def stage_dir(self, stage: str) -> Path:
-        """The folder of a stage's artefacts, made if it is not there."""
+        """The folder for a stage's artefacts in this run, made if it is not there."""
         folder = self.run_dir / stage
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -223,12 +239,12 @@ class Params(Section):
     @property
     def tuned(self) -> ModelSpec:
         """The small model with the adapter of stage 02 on top."""
-        return self.small.model_copy(update={"adapter": str(self.run_dir / "02_sft" / "adapter")})
+        return self.small.model_copy(update={"adapter": str(self.where("02_sft") / "adapter")})
 
     @property
     def reinforced(self) -> ModelSpec:
         """The small model with the adapter of stage 03 on top."""
-        return self.small.model_copy(update={"adapter": str(self.run_dir / "03_grpo" / "adapter")})
+        return self.small.model_copy(update={"adapter": str(self.where("03_grpo") / "adapter")})
 
     @property
     def big(self) -> ModelSpec:
@@ -249,17 +265,20 @@ class Params(Section):
 
     @property
     def annotated(self) -> Path:
-        return self.run_dir / "01_annotate" / "annotated.jsonl"
+        return self.where("01_annotate") / "annotated.jsonl"
 
     def _resolve(self, spec: ModelSpec, name: str) -> ModelSpec:
-        path = spec.path or str(self.run_dir / "00_arith_pair" / name)
+        path = spec.path or str(self.where("00_arith_pair") / name)
         local = find(path)
         return spec.model_copy(update={"path": str(local) if local else path})
 
     def _data(self, given: str | None, name: str) -> Path:
         if given is None:
-            return self.run_dir / "00_arith_pair" / name
+            return self.where("00_arith_pair") / name
         return find(given) or Path(given)
+
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def find(path: str | Path) -> Path | None:
@@ -294,12 +313,12 @@ def load(path: str | Path, **overrides: Any) -> Params:
     return build(values, str(path))
 
 
-def build(values: dict[str, Any], source: str) -> Params:
+def build(values: dict[str, Any], source: str, model: type[Model] = Params) -> Model:
     """Check `values`; `source` is named in the error."""
     try:
-        return Params(**values)
+        return model(**values)
     except ValidationError as error:
-        raise SrlibError(f"{source}: {_explain(error.errors()[0])}") from None
+        raise SrlibError(f"{source}: {_explain(error.errors()[0], model)}") from None
 
 
 def from_notebook(scope: dict[str, Any]) -> Params:
@@ -324,12 +343,12 @@ def from_notebook(scope: dict[str, Any]) -> Params:
     return load(scope["params_file"], **given)
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """`"sft.epochs=1"` to `("sft.epochs", 1)`; the value is read as YAML."""
+def parse_override(text: str, several: bool = False) -> tuple[str, Any]:
+    """`"sft.epochs=1"` to `("sft.epochs", 1)`; the value is read as YAML, with `several` as a list of values."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise SrlibError(f"--set {text!r} is not of the form section.key=value")
-    return key, yaml.safe_load(value)
+    return key, yaml.safe_load(f"[{value}]" if several else value)
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -352,13 +371,12 @@ def _lay(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
     """One sentence out of a pydantic error."""
     where = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":
             *sections, key = error["loc"]
-            model: type[BaseModel] = Params
             for section in sections:
                 model = model.model_fields[section].annotation
             return f"{_unknown(key, list(model.model_fields))}{f' (in section {sections[-1]})' if sections else ''}"

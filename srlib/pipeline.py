@@ -45,7 +45,17 @@ STAGES = {
         Stage("03_grpo", ("grpo", "latency", "offload"), ("pair", "adapter", "traces", "test")),
         Stage("04_offload", ("offload",), ("pair", "adapter", "test")),
         Stage("05_evaluate", ("offload", "evaluate"), ("pair", "adapter", "reinforced", "test")),
+        Stage("06_reward_ablation", (), ("sweep",)),
     )
+}
+MAKERS = {
+    "pair": "00_arith_pair",
+    "traces": "00_arith_pair",
+    "test": "00_arith_pair",
+    "annotated": "01_annotate",
+    "adapter": "02_sft",
+    "reinforced": "03_grpo",
+    "sweep": "sweep",
 }
 
 
@@ -59,15 +69,16 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
         SrlibError: something is missing or damaged; the sentence names it and the stage that makes it.
     """
     for name in STAGES[stage].reads:
-        artefact = _artefacts(p)[name]
-        if artefact.maker in made_now and not artefact.given:
+        artefact, maker = _artefacts(p)[name], MAKERS[name]
+        if maker in made_now and not artefact.given:
             continue
         try:
             artefact.check()
         except SrlibError as error:
-            maker = artefact.maker
-            mend = "" if artefact.given else f" Stage {maker} makes it: python -m srlib run … --only {maker}"
-            raise SrlibError(f"{stage}: {error}{mend}") from None
+            mend = f" Stage {maker} makes it: python -m srlib run … --only {maker}"
+            if maker not in STAGES:
+                mend = " This makes it: python -m srlib sweep params/ablations/latency.yaml"
+            raise SrlibError(f"{stage}: {error}{'' if artefact.given else mend}") from None
 
 
 def begin(stage: str, scope: dict[str, Any]) -> tuple[Params, Path]:
@@ -96,24 +107,30 @@ def begin(stage: str, scope: dict[str, Any]) -> tuple[Params, Path]:
     return p, p.stage_dir(stage)
 
 
-def run(p: Params, first: str | None = None, only: str | None = None) -> int:
-    """Run the stages; returns the exit status.
+def run(p: Params, first: str | None = None, only: str | None = None, until: str | None = None) -> int:
+    """Run the stages, but those that `base` has done; returns the exit status.
 
     Args:
         first: redo from this stage on.
         only: redo this stage alone.
+        until: end with this stage.
 
     Raises:
         SrlibError: no such stage, or an input is missing or damaged (before any stage runs).
     """
-    for name in (first, only):
+    for name in (first, only, until):
         if name is not None and name not in STAGES:
             near = nearest(name, list(STAGES))
             raise SrlibError(f"There is no stage {name!r}{f'; did you mean {near!r}?' if near else '.'}")
     names = list(STAGES)
-    chosen = [only] if only else names[names.index(first) :] if first else names
-    if all(artefact.given for artefact in _artefacts(p).values() if artefact.maker == "00_arith_pair"):
+    chosen = [only] if only else names[names.index(first or names[0]) : names.index(until or names[-1]) + 1]
+    artefacts = _artefacts(p)
+    if all(artefacts[name].given for name, maker in MAKERS.items() if maker == "00_arith_pair"):
         chosen = [name for name in chosen if name != "00_arith_pair"]  # all it would make is given
+    if not only:
+        others = p.base.stages if p.base else []
+        swept = (p.run_dir / "sweep.json").is_file()  # else there is nothing to compare
+        chosen = [name for name in chosen if name not in others and (swept or "sweep" not in STAGES[name].reads)]
     manifest = Manifest(p)
     to_make: list[str] = []
     for name in chosen:
@@ -121,7 +138,7 @@ def run(p: Params, first: str | None = None, only: str | None = None) -> int:
         require(p, name, to_make)
         if first or only or not manifest.complete(name):
             to_make.append(name)
-    print(f"{p.run}: {', '.join(chosen)} → {_here(p.run_dir)}", flush=True)
+    print(f"{p.run}: {', '.join(chosen)} → {here(p.run_dir)}", flush=True)
     forced = bool(first or only)
     for name in chosen:
         if not forced and manifest.unchanged(name):
@@ -159,7 +176,7 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
         manifest.finish(name, "failed", time.perf_counter() - start)
         last_line = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
         print(f"{f'{name:<16} ' if terminal else ''}failed after {time.perf_counter() - start:.0f} s", flush=True)
-        print(f"{name}: {last_line}\nThe executed notebook is {_here(executed)}", file=sys.stderr)
+        print(f"{name}: {last_line}\nThe executed notebook is {here(executed)}", file=sys.stderr)
         return False
     except BaseException:
         manifest.finish(name, "stopped", time.perf_counter() - start)
@@ -222,7 +239,7 @@ class Manifest:
     def _inputs(self, stage: Stage) -> list[str]:
         """Files and folders a stage reads, as far as they are here."""
         artefacts = _artefacts(self.p)
-        return [_here(path) for name in stage.reads for path in artefacts[name].paths if Path(path).exists()]
+        return [here(path) for name in stage.reads for path in artefacts[name].paths if Path(path).exists()]
 
     def _outputs(self, name: str) -> dict[str, str]:
         """Digest of each file of a stage but its notebook and figures, which a hand may make again."""
@@ -232,16 +249,13 @@ class Manifest:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({"run": self.p.run, "seed": self.p.seed, "stages": self.stages}, indent=1))
-        os.replace(part, self.path)
+        write_json(self.path, {"run": self.p.run, "seed": self.p.seed, "stages": self.stages})
 
 
 @dataclass(frozen=True)
 class _Artefact:
-    """What stages read: who makes it, where it lies, how it is checked, and whether the user named it instead."""
+    """What stages read: where it lies, how it is checked, and whether the user named it instead."""
 
-    maker: str
     paths: tuple[str | Path, ...]
     check: Callable[[], object]
     given: bool = False
@@ -252,18 +266,26 @@ def _artefacts(p: Params) -> dict[str, _Artefact]:
 
     own_pair = p.pair.small.path is not None and p.pair.big.path is not None
     return {
-        "pair": _Artefact(
-            "00_arith_pair",
-            (p.small.path, p.big.path),
-            lambda: (engine.check(p.small), engine.check(p.big)),
-            own_pair,
-        ),
-        "traces": _Artefact("00_arith_pair", (p.traces,), lambda: problems.load(p.traces), p.data.traces is not None),
-        "test": _Artefact("00_arith_pair", (p.test,), lambda: problems.load(p.test), p.data.test is not None),
-        "annotated": _Artefact("01_annotate", (p.annotated,), lambda: problems.read_jsonl(p.annotated, Annotated)),
-        "adapter": _Artefact("02_sft", (p.tuned.adapter,), lambda: engine.check(p.tuned)),
-        "reinforced": _Artefact("03_grpo", (p.reinforced.adapter,), lambda: engine.check(p.reinforced)),
+        "pair": _Artefact((p.small.path, p.big.path), lambda: (engine.check(p.small), engine.check(p.big)), own_pair),
+        "traces": _Artefact((p.traces,), lambda: problems.load(p.traces), p.data.traces is not None),
+        "test": _Artefact((p.test,), lambda: problems.load(p.test), p.data.test is not None),
+        "annotated": _Artefact((p.annotated,), lambda: problems.read_jsonl(p.annotated, Annotated)),
+        "adapter": _Artefact((p.tuned.adapter,), lambda: engine.check(p.tuned)),
+        "reinforced": _Artefact((p.reinforced.adapter,), lambda: engine.check(p.reinforced)),
+        "sweep": _Artefact((p.run_dir / "sweep.json",), lambda: _there(p.run_dir / "sweep.json")),
     }
+
+
+def _there(path: Path) -> None:
+    if not path.is_file():
+        raise SrlibError(f"There is no {path.name} in {path.parent}.")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Whole or not at all: a temporary file takes the place of the old one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)
 
 
 def _digest(path: Path) -> str:
@@ -276,7 +298,7 @@ def _digest(path: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def _here(path: str | Path) -> str:
+def here(path: str | Path) -> str:
     """A path as the user sees it: from the clone, if it lies in it."""
     path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
@@ -298,5 +320,5 @@ def _last_screen(p: Params) -> None:
     first = rows[0]
     print(
         f"{first['dataset']}: n = {first['n_problems']}, {first['samples_per_problem']} sample(s) a problem, "
-        f"≤ {first['max_tokens']} tokens\n\nresults  {_here(results)}\nfigure   {_here(folder / 'accuracy_by_share.png')}"
+        f"≤ {first['max_tokens']} tokens\n\nresults  {here(results)}\nfigure   {here(folder / 'accuracy_by_share.png')}"
     )

@@ -37,17 +37,23 @@ def losses(curves: dict[str, Sequence[float]], steps: dict[str, Sequence[float]]
     return figure
 
 
-def learning_curves(log: Sequence[dict]) -> Figure:
-    """Accuracy of the rollouts and offload share by GRPO step; single steps pale, a running mean in full colour."""
+def learning_curves(logs: dict[str, Sequence[dict]]) -> Figure:
+    """Accuracy of the rollouts and offload share by GRPO step; single steps pale, a running mean in full colour.
+
+    Args:
+        logs: name → the trainer's log, a record a step.
+    """
     figure, panels = _axes(10, 3.6, columns=2)
-    window = max(1, len(log) // 15)
     for axes, key, label in zip(panels, ("rewards/accuracy/mean", "offload_share"), ("accuracy", "offload share")):
-        steps = [record["step"] for record in log if key in record]
-        values = np.array([record[key] for record in log if key in record])
-        if len(values):
-            _running_mean(axes, steps, values, window, color=SMALL_COLOUR)
+        for name, log in logs.items():
+            steps = [record["step"] for record in log if key in record]
+            values = np.array([record[key] for record in log if key in record])
+            if len(values):
+                _running_mean(axes, steps, values, max(1, len(log) // 15), label=name)
         axes.set(xlabel="GRPO step", ylabel=f"{label} of the rollouts")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if len(logs) > 1:
+        panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     return figure
 
 
@@ -126,7 +132,9 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
         _points(axes, curve, "grey", "random", marker="o", linestyle="-")
     others = [row for row in rows if row not in curve and row["policy"] not in ("small", "big")]
     for row, colour, marker in zip(others, sns.color_palette("dark")[2:], "osDv^P"):
-        _points(axes, [row], colour, row["policy"], marker=marker, markersize=9, markeredgecolor="white", linestyle="none")
+        _points(
+            axes, [row], colour, row["policy"], marker=marker, markersize=9, markeredgecolor="white", linestyle="none"
+        )
     axes.set(xlabel="offload share (tokens by the big model)", ylabel="accuracy", ylim=(0, 1.03))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -134,6 +142,47 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
     axes.set_title(
         f"{first['dataset']}: n = {first['n_problems']}, {first['samples_per_problem']} sample(s) a problem, "
         f"≤ {first['max_tokens']} tokens; 95 % intervals",
+        fontsize=10,
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    return figure
+
+
+def front(rows: Sequence[dict]) -> Figure:
+    """Accuracy against offload share of a sweep's policies, with 95 % intervals, single seeds, and the front.
+
+    Args:
+        rows: of `sweep.collect`; `learned` is drawn hollow, `grpo` filled, `big` as a line.
+    """
+    figure, axes = _axes(8, 4.4)
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    colours = dict(zip(labels, sns.color_palette("viridis", len(labels))))
+    ours = [row for row in rows if row["policy"] == "grpo"]
+    starts = {row["accuracy"]: row for row in rows if row["policy"] == "learned"}  # most sweeps have one
+    for row in [*ours, *starts.values()]:
+        grpo = row["policy"] == "grpo"
+        colour = colours[row["label"]] if grpo or len(starts) > 1 else "black"
+        fill = colour if grpo else "white"
+        name = row["label"] if grpo else "fine-tuning alone" + (f", {row['label']}" if len(starts) > 1 else "")
+        _points(axes, [row], colour, name, marker="o" if grpo else "s", markersize=9, markerfacecolor=fill)
+        for accuracy, share in row["by_seed"]:
+            axes.plot(share, accuracy, marker=".", color=colour, alpha=0.5)
+    for row in [row for row in rows if row["policy"] == "big"][:1]:
+        axes.axhline(row["accuracy"], color=BIG_COLOUR, linestyle="--", label="big alone")
+        axes.axhspan(*row["ci95"], color=BIG_COLOUR, alpha=0.12)
+    best, edge = 0.0, []
+    for row in sorted([*ours, *starts.values()], key=lambda row: (row["offload_share"], -row["accuracy"])):
+        if row["accuracy"] > best:
+            best = row["accuracy"]
+            edge.append((row["offload_share"], best))
+    axes.plot(*zip(*edge), color="grey", linewidth=1, zorder=0, label="front")
+    axes.set(xlabel="offload share (tokens by the big model)", ylabel="accuracy")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    first = rows[0]
+    axes.set_title(
+        f"n = {first['n_problems']} problems of {len(first['by_seed'])} seed(s), "
+        f"{first['samples_per_problem']} sample(s) a problem, ≤ {first['max_tokens']} tokens; 95 % intervals",
         fontsize=10,
     )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)

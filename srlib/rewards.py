@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from srlib.latency import PairSpeed
+from srlib.params import Grpo
 from srlib.spans import CLOSE, OPEN
 
 
@@ -135,7 +136,12 @@ REWARDS: dict[str, Reward] = {
     f.__name__: f for f in (accuracy, scaffold, tag_count, coverage, latency, help_seeking, overlong)
 }
 PRESETS: dict[str, dict[str, float]] = {
-    "offload": {"accuracy": 1.0, "latency": 0.5},
+    "offload": {"accuracy": 1.0, "latency": 0.25},
     "paper": {"accuracy": 1.0, "scaffold": 1.0, "tag_count": 1.0, "coverage": 2.0},
     "relay": {"help_seeking": 1.0},
 }
+
+
+def weights(config: Grpo) -> dict[str, float]:
+    """Weight of each reward: those of the preset, with `reward_weights` laid over them."""
+    return {**PRESETS[config.preset], **config.reward_weights}

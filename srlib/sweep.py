@@ -1,0 +1,283 @@
+"""One run for every combination of some values and seeds: the ablations.
+
+A sweep is a params file and the values to vary. For each seed the stages that none of the
+values touch are done once, in the base run; each combination has a run folder of its own in
+the sweep's folder, and does only the rest. What is complete and unchanged is left alone, so a
+sweep that was killed, or had a failure, goes on where it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm.auto import tqdm
+
+from srlib import SrlibError, evaluate, params, pipeline
+from srlib.params import Params, Section
+
+NOTEBOOK = "06_reward_ablation"
+OF_THE_BASE = ("run", "outputs")  # where runs lie; changes no stage
+MEASURED = ["big", "learned", "grpo"]  # what stage 05 measures in a combination; the rest does not change
+
+
+class Plan(Section):
+    """A file in `params/ablations/`: what is varied, and over which seeds."""
+
+    params: str
+    name: str
+    vary: dict[str, list[Any]] = {}
+    fix: dict[str, Any] = {}
+    seeds: list[int] = [0]
+    about: str = ""
+
+
+@dataclass
+class Combination:
+    """One run of a sweep."""
+
+    label: str
+    values: dict[str, Any]
+    seed: int
+    folder: str
+    state: str = "waiting"  # complete, failed
+
+
+def plan(path: str, sets: Sequence[str] = (), seeds: Sequence[int] | None = None, name: str | None = None) -> Plan:
+    """A sweep from a params file or from a file of `params/ablations/`.
+
+    Args:
+        sets: `key=v1,v2,…` as on the command line; one value fixes a key, several vary it.
+        seeds, name: in place of the file's.
+
+    Raises:
+        SrlibError: a file or key is wrong.
+    """
+    found = params.find(path)
+    values = yaml.safe_load(found.read_text()) if found is not None and found.is_file() else {}
+    if not (isinstance(values, dict) and "vary" in values):
+        values = {"params": path, "vary": {}}
+    values.setdefault("name", Path(path).stem if values["params"] != path else "")
+    for text in sets:
+        key, several = params.parse_override(text, several=True)
+        values.get("vary", {}).pop(key, None)
+        values.setdefault("vary" if len(several) > 1 else "fix", {})[key] = several if len(several) > 1 else several[0]
+    if seeds is not None:
+        values["seeds"] = list(seeds)
+    chosen = params.build(values, path, Plan)
+    chosen.name = name or chosen.name or "-".join(key.rpartition(".")[2] for key in chosen.vary) or "fixed"
+    return chosen
+
+
+def combinations(chosen: Plan) -> tuple[Params, dict[int, Params], list[tuple[Combination, Params]]]:
+    """All parameters of a sweep, checked.
+
+    Returns:
+        parameters of the sweep's own notebook, of the base run by seed, and of every combination.
+
+    Raises:
+        SrlibError: any of the combinations has a bad value.
+    """
+    for_base = {key: value for key, value in chosen.fix.items() if key in OF_THE_BASE}
+    plain = params.load(chosen.params, **for_base)
+    top = params.load(chosen.params, **for_base, run=f"{plain.run}-{chosen.name}")
+    names = [key.rpartition(".")[2] for key in chosen.vary]
+    names = names if len(set(names)) == len(names) else list(chosen.vary)
+    changed = {*chosen.vary, *chosen.fix} - set(for_base)
+    bases, runs = {}, []
+    for seed in chosen.seeds:
+        run = plain.run if seed == plain.seed else f"{plain.run}-seed{seed}"
+        bases[seed] = params.load(chosen.params, **for_base, run=run, seed=seed)
+        for point in itertools.product(*chosen.vary.values()):
+            values = dict(zip(chosen.vary, point))
+            label = ", ".join(f"{name}={_plain(value)}" for name, value in zip(names, point)) or "fixed"
+            folder = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{label}-seed{seed}".replace("=", "-"))
+            base = {
+                "folder": str(bases[seed].run_dir),
+                "stages": [s for s in pipeline.STAGES if s not in _own(changed)],
+            }
+            given = {"evaluate.policies": MEASURED, **chosen.fix, **values}
+            p = params.load(
+                chosen.params,
+                **{
+                    **given,
+                    "seed": seed,
+                    "run": folder,
+                    "outputs": str(top.run_dir),
+                    "base": base if base["stages"] else None,
+                },
+            )
+            runs.append((Combination(label, values, seed, str(p.run_dir)), p))
+    return top, bases, runs
+
+
+def run(chosen: Plan, jobs: int = 1) -> int:
+    """Run a sweep, `jobs` runs at the same time, and its notebook; returns the exit status.
+
+    A combination that fails is reported, and the others go on.
+    """
+    top, bases, runs = combinations(chosen)
+    top.run_dir.mkdir(parents=True, exist_ok=True)
+    wanted = runs[0][1].base
+    last = [name for name in pipeline.STAGES if wanted and name in _needed(wanted.stages)][-1:]
+    print(f"{top.run}: {len(runs)} runs, {jobs} at a time → {pipeline.here(top.run_dir)}", flush=True)
+
+    def base_of(seed: int) -> str:
+        return _run(bases[seed], top.run_dir / f"base-seed{seed}", *(["--until", last[0]] if last else []))
+
+    def one(p: Params) -> str:
+        return errors.get(p.seed) or _run(p, p.run_dir)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        errors = dict(zip(bases, pool.map(base_of, bases))) if last else {}
+        work = {pool.submit(one, p): (c, p) for c, p in runs}
+        bar = tqdm(total=len(runs), desc=top.run, unit="run", disable=not sys.stderr.isatty())
+        for future in as_completed(work):
+            combination, _ = work[future]
+            error = future.result()
+            combination.state = "failed" if error else "complete"
+            bar.update()
+            bar.write(f"{combination.label}, seed {combination.seed}: {error or 'complete'}")
+            _write(top.run_dir, chosen, [c for c, _ in runs])
+        bar.close()
+    _write(top.run_dir, chosen, [c for c, _ in runs])
+    failed = [c for c, _ in runs if c.state == "failed"]
+    status = 0
+    if len(failed) < len(runs):
+        status = pipeline.run(top, only=NOTEBOOK)
+    if failed:
+        names = "; ".join(f"{c.label}, seed {c.seed}" for c in failed)
+        print(f"{len(failed)} of {len(runs)} failed: {names}. Mend it and run the sweep again.", file=sys.stderr)
+    return 1 if failed else status
+
+
+def read(folder: Path) -> tuple[Plan, list[Combination]]:
+    """The plan and the runs of a sweep's folder.
+
+    Raises:
+        SrlibError: there is no sweep, or its `sweep.json` is damaged.
+    """
+    path = Path(folder) / "sweep.json"
+    if not path.is_file():
+        raise SrlibError(f"There is no sweep in {folder}: {path.name} is not there.")
+    try:
+        kept = json.loads(path.read_text())
+        return Plan(**kept["plan"]), [Combination(**c) for c in kept["runs"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise SrlibError(f"{path} is damaged ({error}); run the sweep again.") from None
+
+
+Records = dict[tuple[str, str], list[dict[str, Any]]]  # by label and policy
+
+
+def collect(folder: Path) -> tuple[list[dict[str, Any]], Records]:
+    """Rows and graded completions of the complete runs of a sweep, the seeds of a combination pooled.
+
+    Returns:
+        a row for each label and policy, with `by_seed` a list of (accuracy, offload share), and
+        the records behind it, whose problems are told apart by seed.
+
+    Raises:
+        SrlibError: no run is complete.
+    """
+    _, runs = read(folder)
+    runs = [c for c in runs if c.state == "complete"]
+    if not runs:
+        raise SrlibError(f"No run of the sweep in {folder} is complete.")
+    pooled: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    records: Records = {}
+    for c in runs:
+        stage = Path(c.folder) / "05_evaluate"
+        for row in json.loads((stage / "results.json").read_text()):
+            key = c.label, row["policy"]
+            pooled.setdefault(key, []).append({**row, "values": c.values})
+            lines = (stage / "completions" / f"{row['policy']}.jsonl").read_text(encoding="utf-8").splitlines()
+            kept = [json.loads(line) for line in lines]
+            records.setdefault(key, []).extend({**r, "id": f"{c.seed}/{r['id']}"} for r in kept)
+    rows = []
+    for (label, policy), parts in pooled.items():
+        estimate = evaluate.accuracy(records[label, policy])
+        big, small = (sum(r[f"{side}_tokens"] for r in records[label, policy]) for side in ("big", "small"))
+        rows.append(
+            {
+                "label": label,
+                "policy": policy,
+                "accuracy": estimate.value,
+                "ci95": [estimate.low, estimate.high],
+                "offload_share": big / max(1, big + small),
+                "by_seed": [(part["accuracy"], part["offload_share"]) for part in parts],
+                "n_problems": estimate.n_problems,
+                "samples_per_problem": estimate.samples_per_problem,
+                "max_tokens": parts[0]["max_tokens"],
+                "values": parts[0]["values"],
+            }
+        )
+    return rows, records
+
+
+def same_problems(records: Records, one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether two entries can be paired: a failed seed leaves one of them with fewer problems."""
+    return {r["id"] for r in records[one]} == {r["id"] for r in records[other]}
+
+
+def logs(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Log of stage 03 for each combination, averaged over its seeds step by step."""
+    by_label: dict[str, list[list[dict]]] = {}
+    for c in read(folder)[1]:
+        path = Path(c.folder) / "03_grpo" / "log.json"
+        if c.state == "complete" and path.is_file():
+            by_label.setdefault(c.label, []).append(json.loads(path.read_text()))
+    return {
+        label: [
+            {key: sum(r[key] for r in step) / len(step) for key in step[0] if all(key in r for r in step)}
+            for step in zip(*several)
+        ]
+        for label, several in by_label.items()
+    }
+
+
+def _write(folder: Path, chosen: Plan, runs: Sequence[Combination]) -> None:
+    kept = {"plan": chosen.model_dump(), "runs": [asdict(c) for c in runs]}
+    pipeline.write_json(folder / "sweep.json", kept)
+
+
+def _run(p: Params, folder: Path, *options: str) -> str:
+    """One run in a process of its own, its screen in `folder/log.txt`; returns what went wrong, if anything did."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "params.yaml"
+    file.write_text(yaml.safe_dump(p.model_dump(), sort_keys=False))
+    command = [sys.executable, "-m", "srlib", "run", str(file), *options]
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True)
+        log.write(done.stderr)
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return f"failed: {lines[0]} (all of it: {pipeline.here(folder / 'log.txt')})" if done.returncode else ""
+
+
+def _own(changed: set[str]) -> set[str]:
+    """Stages that a combination does itself: those `changed` touches, and all that read from them."""
+    everywhere = {key for key in changed if key.partition(".")[0] in ("seed", "threads", "pair", "data")}
+    own: set[str] = set()
+    for name, stage in pipeline.STAGES.items():
+        touched = any(key.partition(".")[0] in stage.sections for key in changed)
+        if everywhere or touched or own & {pipeline.MAKERS[artefact] for artefact in stage.reads}:
+            own.add(name)
+    return own | {"03_grpo", "05_evaluate"}
+
+
+def _needed(shared: Sequence[str]) -> set[str]:
+    """Of the shared stages, those that others read from."""
+    return {pipeline.MAKERS[a] for stage in pipeline.STAGES.values() for a in stage.reads} & set(shared)
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
