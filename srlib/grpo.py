@@ -10,22 +10,31 @@ tags itself, and latency is only a target share. `rollout: self` is that recipe.
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import subprocess
+import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from srlib import spans
+from srlib import SrlibError, spans
 from srlib.engine.transformers import TransformersEngine, device_of, load_model
 from srlib.grade import grade
-from srlib.latency import PairSpeed
+from srlib.latency import PairSpeed, Speed
 from srlib.offload import SMALL, Learned, Never, Offloader, Trace
-from srlib.params import Grpo, ModelSpec, Offload
+from srlib.params import Grpo, ModelSpec, Offload, Params, build, find
 from srlib.problems import Problem
+from srlib.problems import load as load_problems
 from srlib.rewards import REWARDS, Rollout, Targets, weights
 from srlib.sft import ready_for_trl, save_adapter
 
@@ -63,7 +72,7 @@ def train(
         args=GRPOConfig(
             output_dir=str(folder / "trainer"),
             max_steps=config.max_steps,
-            per_device_train_batch_size=config.batch_size,
+            per_device_train_batch_size=config.batch_size // config.processes,
             num_generations=config.num_generations,
             learning_rate=config.learning_rate,
             lr_scheduler_type="linear",
@@ -82,22 +91,77 @@ def train(
             save_steps=config.save_steps,
             save_total_limit=1,
             report_to="none",
+            disable_tqdm=True,
             dataloader_pin_memory=False,
             seed=seed,
         ),
         train_dataset=Dataset.from_list([{"prompt": problem.prompt} for problem in problems]),
         processing_class=tokenizer,
         rollout_func=rollouts,
+        callbacks=[_Progress()],
     )
+    trainer.remove_callback(PrinterCallback)
     checkpoint = get_last_checkpoint(folder / "trainer") if (folder / "trainer").is_dir() else None
-    rollouts.forget_from(int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
+    if trainer.accelerator.is_main_process:
+        rollouts.forget_from(int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # at every checkpoint
         trainer.train(resume_from_checkpoint=checkpoint)
-    save_adapter(trainer, folder)
     log = [record for record in trainer.state.log_history if "reward" in record]
-    (folder / "log.json").write_text(json.dumps(log, indent=1))
+    if trainer.accelerator.is_main_process:
+        save_adapter(trainer, folder)
+        (folder / "log.json").write_text(json.dumps(log, indent=1))
     return log
+
+
+def launch(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
+    """`train` in `grpo.processes` processes; their screen is streamed to this one.
+
+    Each process writes and trains on its part of every batch. On GPUs they start under
+    `accelerate launch`, with the configuration `grpo.accelerate_config` (DeepSpeed, FSDP) if one
+    is named; on a CPU under torchrun, which accelerate takes up in the same way.
+
+    Raises:
+        SrlibError: a process failed; what it said stands above.
+    """
+    job = folder / "job.json"
+    job.write_text(json.dumps({"params": p.model_dump(), "speed": asdict(speed), "folder": str(folder)}))
+    processes = p.grpo.processes
+    environment = {**os.environ, "OMP_NUM_THREADS": str(p.threads or 1)}
+    if device_of(p.small) == "cpu":  # accelerate's own launcher would ask for MPI there
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        environment["ACCELERATE_USE_CPU"] = "true"
+    else:
+        command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
+        config = p.grpo.accelerate_config
+        command.append(f"--config_file={find(config)}" if config else "--multi_gpu")
+    command += ["-m", "srlib.grpo", str(job)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
+        try:
+            # newline="": a progress bar's carriage returns are kept as they are
+            for line in io.TextIOWrapper(process.stdout, newline="", errors="replace"):
+                print(line, end="", flush=True)
+        finally:
+            process.terminate()
+    if process.returncode:
+        raise SrlibError(
+            f"grpo: the training in {p.grpo.processes} processes failed, with status {process.returncode}."
+        )
+    job.unlink()
+    return json.loads((folder / "log.json").read_text())
+
+
+def _work(job: Path) -> None:
+    """What each process of `launch` does."""
+    given = json.loads(job.read_text())
+    p = build(given["params"], str(job))
+    if p.threads:
+        torch.set_num_threads(p.threads)
+    set_seed(p.seed)
+    speed = PairSpeed(**{**given["speed"], **{side: Speed(**given["speed"][side]) for side in ("small", "big")}})
+    tasks = load_problems(p.traces, p.grpo.n_problems, p.seed)
+    big = TransformersEngine(*load_model(p.big), slots=p.grpo.batch_size // p.grpo.processes)
+    train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, Path(given["folder"]))
 
 
 class Rollouts:
@@ -124,7 +188,7 @@ class Rollouts:
             traces = self.write(small, prompts, step)
             model.train(training)
         rollouts = [self.rollout(prompt, trace) for prompt, trace in zip(prompts, traces)]
-        if step % self.config.sample_every == 0:
+        if trainer.accelerator.is_main_process and step % self.config.sample_every == 0:
             with self.samples.open("a", encoding="utf-8") as file:
                 for r in rollouts[: self.config.num_generations]:
                     file.write(
@@ -183,3 +247,30 @@ def _for_trl(name: str, targets: Targets, logs: bool):
 
     reward.__name__ = name
     return reward
+
+
+class _Progress(TrainerCallback):
+    """One bar, with reward, accuracy and offload share of the last step."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        here = state.is_world_process_zero
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="grpo", unit="step", mininterval=1, disable=not here
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "reward" in logs:
+            shown = {"reward": "reward", "accuracy": "rewards/accuracy/mean", "share": "offload_share"}
+            self.bar.set_postfix(
+                {name: f"{logs[key]:.3f}" for name, key in shown.items() if key in logs}, refresh=False
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]))

@@ -30,6 +30,7 @@ class ModelSpec(Section):
     adapter: str | None = Field(None, description="folder of a LoRA adapter to lay on top")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4", "int8"] = Field("none", description="weights in 4 or 8 bits, by bitsandbytes")
 
 
 class Pair(Section):
@@ -138,6 +139,8 @@ class Grpo(Section):
     max_steps: int = Field(100, ge=1)
     batch_size: int = Field(128, ge=2, description="rollouts a step; a multiple of num_generations")
     num_generations: int = Field(8, ge=2)
+    processes: int = Field(1, ge=1, description="more than one: training runs under `accelerate launch`")
+    accelerate_config: str | None = Field(None, description="file for `accelerate launch`; empty: plain data parallel")
     learning_rate: float = Field(2e-4, gt=0)
     temperature: float = Field(1.0, gt=0)
     beta: float = Field(0.0, ge=0, description="weight of the KL to the policy of stage 02")
@@ -148,10 +151,11 @@ class Grpo(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Grpo:
-        if self.batch_size % self.num_generations:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of num_generations {self.num_generations}"
-            )
+        whole = self.num_generations * self.processes  # a group is written by one process
+        if self.batch_size % whole:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of num_generations × processes = {whole}")
+        if self.accelerate_config and find(self.accelerate_config) is None:
+            raise ValueError(f"there is no file {self.accelerate_config} (accelerate_config)")
         for name in self.reward_weights:
             if name not in REWARD_NAMES:
                 raise ValueError(f"reward_weights: {_unknown(name, list(REWARD_NAMES))}")

@@ -111,10 +111,13 @@ def save_adapter(trainer, folder: Path) -> None:
 
 
 def ready_for_trl(model) -> None:
-    """PEFT's wrapper around trained rows of the output layer has no `bias`, which TRL's fused loss asks for."""
+    """Two mends: for TRL's fused loss, and for 4-bit weights on a CPU."""
     head = model.get_output_embeddings()
-    if not hasattr(head, "bias"):
+    if not hasattr(head, "bias"):  # PEFT's wrapper around trained rows has none, and TRL asks for it
         head.bias = None
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' packing for inference has no backward
+            module.support_avx512bf16_for_cpu = False
 
 
 def embedding_rows(model, tokens: list[int] | None) -> dict[str, list[int]] | None:

@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
 from itertools import islice
 
 import pytest
 import torch
 
-from srlib import arith, engine, grpo, latency
+from srlib import SrlibError, arith, engine, grpo, latency
 from srlib.engine.transformers import TransformersEngine, load_model
 from srlib.offload import BIG, SMALL
-from srlib.params import Arith, Grpo, Latency, ModelSpec, Offload
+from srlib.params import Arith, Grpo, Latency, ModelSpec, Offload, Params
+from srlib.problems import load as load_problems
+from srlib.problems import write_jsonl
 from srlib.sft import add_tags, embedding_rows, fit_embeddings
 from tests.conftest import random_model
 
@@ -175,3 +178,58 @@ def test_self_rollouts_never_ask_the_big_model(tuned, big, problems, tmp_path, s
     assert big.counters.forward_tokens == 0
     assert all(all(mask) for mask in spy[0]["env_mask"])
     assert any(r.big_tokens for r in spy[0]["rollout"])  # tokens between tags are counted as asked for
+
+
+def test_a_quantised_small_model_is_trained_through_its_adapter(tuned, big, problems, tmp_path):
+    """QLoRA: the weights stay in four bits, and only the adapter moves."""
+    spec = tuned.model_copy(update={"quantization": "nf4"})
+    log = grpo.train(spec, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path)
+    assert log[0]["offload_share"] > 0
+    before, _ = load_model(spec)
+    after, _ = load_model(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
+    old, new = before.state_dict(), after.state_dict()
+    packed = {name for name, value in old.items() if value.dtype == torch.uint8}
+    assert any("q_proj" in name for name in packed)
+    assert {name for name in old if not torch.equal(old[name], new[name])}.isdisjoint(packed)
+    assert any("lora_B" in name and not torch.equal(old[name], new[name]) for name in old)
+
+
+def test_two_processes_are_one_with_the_same_batch(tuned, big, problems, tmp_path, capfd):
+    """`accelerate launch` with two CPU processes: the first step's loss, reward and gradient are those of one."""
+    config = CONFIG.model_copy(update={"max_steps": 1, "batch_size": 16, "num_generations": 4})
+    write_jsonl(tmp_path / "problems.jsonl", problems)
+    drawn = load_problems(tmp_path / "problems.jsonl", config.n_problems, 0)
+    (one,) = grpo.train(tuned, big, drawn, config, OFFLOAD, SPEED, 0, tmp_path / "one")
+    big.model.save_pretrained(tmp_path / "big")
+    big.tokenizer.save_pretrained(tmp_path / "big")
+    made = tmp_path / "run" / "02_sft"
+    shutil.copytree(tuned.adapter, made / "adapter")
+    p = Params(
+        run="run",
+        threads=1,
+        outputs=str(tmp_path),
+        pair={"small": {"path": tuned.path}, "big": {"path": str(tmp_path / "big")}},
+        data={"traces": str(tmp_path / "problems.jsonl")},
+        offload=OFFLOAD,
+        grpo=config.model_copy(update={"processes": 2}),
+    )
+    (two,) = grpo.launch(p, SPEED, p.stage_dir("03_grpo"))
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    assert two["reward"] == pytest.approx(one["reward"], abs=1e-6)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    assert "grpo" in capfd.readouterr().out  # the bar of the first process
+    assert engine.load(p.reinforced)
+    samples = [json.loads(line) for line in (p.run_dir / "03_grpo" / "samples.jsonl").open()]
+    assert len(samples) == config.num_generations  # written once
+
+
+def test_a_launch_that_fails_says_so(tuned, tmp_path):
+    p = Params(
+        run="run",
+        outputs=str(tmp_path),
+        pair={"small": {"path": tuned.path}, "big": {"path": str(tmp_path / "absent")}},
+        data={"traces": str(tmp_path / "absent.jsonl")},
+        grpo=Grpo(processes=2),
+    )
+    with pytest.raises(SrlibError, match="in 2 processes failed, with status 1"):
+        grpo.launch(p, SPEED, p.stage_dir("03_grpo"))

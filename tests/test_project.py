@@ -23,7 +23,7 @@ def test_environment_installs_what_pyproject_names():
     extras = re.fullmatch(r"-e \.\[(.*)\]", line)[1].split(",")
     assert set(extras) == {"gpu", "dev"} <= set(PROJECT["optional-dependencies"])
     gpu = " ".join(PROJECT["optional-dependencies"]["gpu"])
-    assert "vllm==" in gpu and "bitsandbytes==" in gpu
+    assert "vllm==" in gpu and any(d.startswith("bitsandbytes==") for d in PROJECT["dependencies"])
 
 
 def test_the_ml_stack_is_pinned():

@@ -15,6 +15,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TopPLogitsWarper,
@@ -286,14 +287,21 @@ def dtype_of(spec: ModelSpec) -> torch.dtype:
 def load_model(spec: ModelSpec, merge: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a spec; an adapter is merged or left trainable, and brings its tokenizer with the tags.
 
+    On quantised weights an adapter is never merged: to round it into four bits would undo it.
+
     Raises:
         SrlibError: no such model or adapter, or one of its files is damaged.
     """
     check(spec)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            spec.path, dtype=dtype_of(spec), attn_implementation="sdpa", use_safetensors=True
-        ).to(device_of(spec))
+            spec.path,
+            dtype=dtype_of(spec),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            quantization_config=_quantization(spec),
+            device_map={"": device_of(spec)},
+        )
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise SrlibError(f"{spec.path} is no folder here, and the hub gave no such model: {reason}") from None
@@ -303,8 +311,19 @@ def load_model(spec: ModelSpec, merge: bool = True) -> tuple[PreTrainedModel, Pr
 
         fit_embeddings(model, tokenizer)
         model = PeftModel.from_pretrained(model, spec.adapter, is_trainable=not merge)
-        model = model.merge_and_unload() if merge else model
+        model = model.merge_and_unload() if merge and spec.quantization == "none" else model
     return model.eval(), tokenizer
+
+
+def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
+    if spec.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=spec.quantization == "nf4",
+        load_in_8bit=spec.quantization == "int8",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype_of(spec),
+    )
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
