@@ -194,14 +194,16 @@ class Rollouts:
                     file.write(
                         json.dumps({"step": step, "text": r.text, "correct": r.correct, "share": r.share}) + "\n"
                     )
+        return {**self.columns(traces), "rollout": rollouts}
+
+    def columns(self, traces: list[Trace]) -> dict[str, list]:
+        """What TRL trains on: in each row ids, log-probabilities and mask run in parallel."""
+        own = [[owner == SMALL for owner in trace.owners] for trace in traces]
         return {
             "prompt_ids": [trace.prompt_ids for trace in traces],
             "completion_ids": [trace.ids for trace in traces],
-            "logprobs": [
-                [p if owner == SMALL else float("nan") for p, owner in zip(t.logprobs, t.owners)] for t in traces
-            ],
-            "env_mask": [[int(owner == SMALL) for owner in trace.owners] for trace in traces],
-            "rollout": rollouts,
+            "logprobs": [[p if o else float("nan") for p, o in zip(t.logprobs, os)] for t, os in zip(traces, own)],
+            "env_mask": [[int(o) for o in os] for os in own],
         }
 
     def write(self, small: TransformersEngine, prompts: list[str], step: int) -> list[Trace]:

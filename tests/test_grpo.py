@@ -7,14 +7,18 @@ from itertools import islice
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from srlib import SrlibError, arith, engine, grpo, latency
 from srlib.engine.transformers import TransformersEngine, load_model
 from srlib.offload import BIG, SMALL
 from srlib.params import Arith, Grpo, Latency, ModelSpec, Offload, Params
+from srlib.problems import Problem
 from srlib.problems import load as load_problems
 from srlib.problems import write_jsonl
 from srlib.sft import add_tags, embedding_rows, fit_embeddings
+from srlib.spans import Tags
 from tests.conftest import random_model
 
 OFFLOAD = Offload(max_tokens=24, span_budget=3, batch_size=16)
@@ -233,3 +237,36 @@ def test_a_launch_that_fails_says_so(tuned, tmp_path):
     )
     with pytest.raises(SrlibError, match="in 2 processes failed, with status 1"):
         grpo.launch(p, SPEED, p.stage_dir("03_grpo"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), budget=st.integers(1, 6), room=st.integers(2, 40), loud=st.floats(0.5, 3))
+def test_columns_align_wherever_spans_lie(tuned, seed, budget, room, loud):
+    """Ids, masks and log-probabilities of rollouts, for spans of any length and place, against one plain pass."""
+    model, tokenizer = load_model(tuned)
+    (opening,), (closing,) = Tags.of(tokenizer).open, Tags.of(tokenizer).close
+    with torch.no_grad():  # how eager it is to ask and to take back differs from example to example
+        model.get_output_embeddings().weight[[opening, closing]] *= loud
+    small = TransformersEngine(model, tokenizer, slots=4)
+    big = TransformersEngine(random_model(98, seed % 5), arith.tokenizer(), slots=4)
+    config = Grpo(batch_size=2, num_generations=2)
+    settings_ = Offload(max_tokens=room, span_budget=budget, batch_size=4)
+    task = Problem(id="0", prompt="3+4*5?", answer="35")
+    rollouts = grpo.Rollouts(tokenizer, big, [task], config, settings_, seed, None)
+    traces = rollouts.write(small, [task.prompt] * 3, step=seed)
+    given_ = rollouts.columns(traces)
+    for i, trace in enumerate(traces):
+        ids, mask, logprobs = (given_[key][i] for key in ("completion_ids", "env_mask", "logprobs"))
+        assert len(ids) == len(mask) == len(logprobs) == len(trace.ids)
+        with torch.no_grad():
+            full = model(torch.tensor([given_["prompt_ids"][i] + ids])).logits[0].log_softmax(-1)
+        inside = n = 0
+        for j, token in enumerate(ids):
+            inside = 0 if token == closing else inside
+            n = n + 1 if inside else 0
+            forced = token == closing and j and mask[j - 1] == 0 and mask[j] == 0
+            assert mask[j] == (0 if inside or forced else 1)
+            assert n <= budget
+            expected = float(full[len(trace.prompt_ids) + j - 1, token])
+            assert math.isnan(logprobs[j]) if mask[j] == 0 else logprobs[j] == pytest.approx(expected, abs=1e-4)
+            inside = 1 if token == opening else inside

@@ -17,6 +17,7 @@ from srlib.params import ROOT
 from srlib.pipeline import STAGES
 
 pytestmark = pytest.mark.notebooks
+OF_A_RUN = list(STAGES)[:-1]  # the last one belongs to a sweep
 
 
 def srlib(*arguments):
@@ -58,7 +59,7 @@ def refuses(outputs, *arguments):
 def test_everything_is_there(finished):
     outputs, printed = finished
     run = outputs / "smoke"
-    for stage in STAGES:
+    for stage in OF_A_RUN:
         assert f"{stage:<16} done in" in printed
         assert (run / stage / f"{stage}.ipynb").is_file()
     rows = json.loads((run / "05_evaluate" / "results.json").read_text())
@@ -69,7 +70,7 @@ def test_everything_is_there(finished):
     assert (run / "05_evaluate" / "accuracy_by_share.png").stat().st_size > 10_000
     assert "05_evaluate/accuracy_by_share.png" in printed.splitlines()[-1]
     manifest = json.loads((run / "manifest.json").read_text())
-    for stage in STAGES:
+    for stage in OF_A_RUN:
         record = manifest["stages"][stage]
         assert record["state"] == "complete" and record["seconds"] > 0 and record["versions"]["torch"]
     for file in run.rglob("*.jsonl"):
@@ -83,14 +84,14 @@ def test_a_second_run_does_nothing(copy):
     before = files()
     done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}")
     assert done.returncode == 0
-    assert all(f"{stage:<16} unchanged, skipped" in done.stdout for stage in STAGES)
+    assert all(f"{stage:<16} unchanged, skipped" in done.stdout for stage in OF_A_RUN)
     assert files() == before
 
 
 def test_only_what_changed_runs_again(copy):
     done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}", "--set", "evaluate.random_shares=[0.4]")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("skipped") == len(STAGES) - 1
+    assert done.stdout.count("skipped") == len(OF_A_RUN) - 1
     assert "05_evaluate      done in" in done.stdout
     assert "random_0.40" in done.stdout and "random_0.50" not in done.stdout
 
@@ -130,6 +131,35 @@ def test_a_killed_run_goes_on(copy):
     assert done.returncode == 0, done.stderr
     assert "02_sft           done in" in done.stdout and "01_annotate      unchanged" in done.stdout
     assert {r["state"] for r in json.loads(manifest.read_text())["stages"].values()} == {"complete"}
+
+
+def test_a_killed_reinforcement_goes_on(copy):
+    """SIGKILL between two checkpoints of stage 03: the next run takes the last whole one up, and ends complete."""
+    settings = ["params/smoke.yaml", "--set", f"outputs={copy}", "--set", "grpo.max_steps=40"]
+    run = copy / "smoke"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "srlib", "run", *settings, "--from", "03_grpo"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    trainer = run / "03_grpo" / "trainer"
+    while not list(trainer.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)  # the notebook's kernel too
+    process.wait()
+    assert list(trainer.glob("checkpoint-*")), "it was over before it could be killed"
+    assert not (run / "03_grpo" / "adapter").exists()
+    done = srlib("run", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "02_sft           unchanged" in done.stdout and "03_grpo          done in" in done.stdout
+    log = json.loads((run / "03_grpo" / "log.json").read_text())
+    assert [record["step"] for record in log] == list(range(1, 41))
+    samples = [json.loads(line)["step"] for line in (run / "03_grpo" / "samples.jsonl").open()]
+    assert samples == sorted(samples) and len(set(samples)) * 4 == len(samples)  # none twice
+    assert not trainer.exists()
 
 
 def test_bad_parameters(finished):

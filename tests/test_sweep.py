@@ -1,0 +1,94 @@
+"""Sweeps: the plan, what is shared, a failure among others, and the notebook that compares them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from srlib import SrlibError, sweep
+from srlib.params import ROOT, load
+from srlib.pipeline import STAGES
+
+
+def test_a_params_file_and_values():
+    plan = sweep.plan("params/cpu.yaml", ["grpo.reward_weights.latency=0,0.25", "grpo.max_steps=5"], [0, 3])
+    top, bases, runs = sweep.combinations(plan)
+    assert top.run == "cpu-latency" and {p.run for p in bases.values()} == {"cpu", "cpu-seed3"}
+    assert [(c.label, c.seed) for c, _ in runs] == [(f"latency={v}", s) for s in (0, 3) for v in (0, 0.25)]
+    for combination, p in runs:
+        assert p.grpo.reward_weights == {"latency": combination.values["grpo.reward_weights.latency"]}
+        assert p.grpo.max_steps == 5 and p.seed == combination.seed
+        assert p.base.folder == str(bases[p.seed].run_dir)
+        assert set(STAGES) - set(p.base.stages) == {"03_grpo", "05_evaluate"}
+        assert p.tuned.adapter.startswith(p.base.folder) and p.reinforced.adapter.startswith(str(p.run_dir))
+    assert len({p.run_dir for _, p in runs}) == len(runs)
+
+
+def test_what_is_touched_is_done_again():
+    plan = sweep.plan("params/cpu.yaml", ["annotate.threshold=0.1,1"])
+    _, _, runs = sweep.combinations(plan)
+    assert all(set(p.base.stages) == {"00_arith_pair", "06_reward_ablation"} for _, p in runs)
+    plan = sweep.plan("params/cpu.yaml", ["grpo.beta=0,1", "pair.small.dtype=float32"])
+    assert all(p.base is None for _, p in sweep.combinations(plan)[2])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params" / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_made_sweeps(path):
+    plan = sweep.plan(str(path))
+    top, bases, runs = sweep.combinations(plan)
+    assert plan.about and len(bases) == 3 and len(runs) >= 6
+    assert top.run == f"cpu-{path.stem}"
+
+
+def test_mistakes_are_named_before_any_work():
+    with pytest.raises(SrlibError, match="unknown key 'betta'; did you mean 'beta'"):
+        sweep.combinations(sweep.plan("params/cpu.yaml", ["grpo.betta=0,1"]))
+    with pytest.raises(SrlibError, match="There is no params file params/cpuu.yaml"):
+        sweep.combinations(sweep.plan("params/cpuu.yaml", ["grpo.beta=0,1"]))
+    with pytest.raises(SrlibError, match="grpo.beta is -1"):
+        sweep.combinations(sweep.plan("params/cpu.yaml", ["grpo.beta=0,-1"]))
+
+
+def test_no_sweep(tmp_path):
+    with pytest.raises(SrlibError, match="There is no sweep in"):
+        sweep.read(tmp_path)
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(SrlibError, match="damaged"):
+        sweep.read(tmp_path)
+
+
+@pytest.mark.notebooks
+def test_one_failure_among_others(tmp_path):
+    """A combination that fails is named, the others end, and the next sweep does only that one."""
+    command = [sys.executable, "-m", "srlib", "sweep", "params/smoke.yaml", "--jobs", "2", "--name", "three"]
+    command += ["--set", f"outputs={tmp_path}", "--set", "grpo.beta=0,0.1", "--set", "grpo.max_steps=1"]
+
+    def go():
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+    folder = tmp_path / "smoke-three"
+    # what stage 03 wants to write there cannot be written: this one run fails
+    blocked = folder / "beta-0.1-seed0" / "03_grpo" / "adapter"
+    blocked.parent.mkdir(parents=True)
+    (blocked.parent.parent / "manifest.json").write_text("{")
+    done = go()
+    assert done.returncode == 1
+    assert "beta=0, seed 0: complete" in done.stdout and "beta=0.1, seed 0: failed" in done.stdout
+    assert "1 of 2 failed: beta=0.1, seed 0" in done.stderr
+    assert {c.label: c.state for c in sweep.read(folder)[1]} == {"beta=0": "complete", "beta=0.1": "failed"}
+    assert (folder / "06_reward_ablation" / "front.png").is_file()  # of what is there
+
+    (blocked.parent.parent / "manifest.json").unlink()
+    kept = (folder / "beta-0-seed0" / "03_grpo" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    done = go()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "beta-0-seed0" / "03_grpo" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == kept
+    assert "03_grpo          unchanged" in (folder / "beta-0-seed0" / "log.txt").read_text()
+    rows = json.loads((folder / "06_reward_ablation" / "table.json").read_text())
+    assert {(row["label"], row["policy"]) for row in rows} == {
+        (label, policy) for label in ("beta=0", "beta=0.1") for policy in sweep.MEASURED
+    }
+    assert {r["n_problems"] for r in rows} == {load("params/smoke.yaml").evaluate.n_problems}
+    manifest = json.loads((tmp_path / "smoke" / "manifest.json").read_text())
+    assert set(manifest["stages"]) == {"00_arith_pair", "01_annotate", "02_sft"}  # the base did no more than that
