@@ -141,12 +141,11 @@ def launch(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
             # newline="": a progress bar's carriage returns are kept as they are
             for line in io.TextIOWrapper(process.stdout, newline="", errors="replace"):
                 print(line, end="", flush=True)
-        finally:
+        except BaseException:  # an interrupted cell leaves nothing running
             process.terminate()
+            raise
     if process.returncode:
-        raise SrlibError(
-            f"grpo: the training in {p.grpo.processes} processes failed, with status {process.returncode}."
-        )
+        raise SrlibError(f"grpo: the training in {processes} processes failed, with status {process.returncode}.")
     job.unlink()
     return json.loads((folder / "log.json").read_text())
 
