@@ -135,16 +135,8 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
         _points(
             axes, [row], colour, row["policy"], marker=marker, markersize=9, markeredgecolor="white", linestyle="none"
         )
-    axes.set(xlabel="offload share (tokens by the big model)", ylabel="accuracy", ylim=(0, 1.03))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    first = rows[0]
-    axes.set_title(
-        f"{first['dataset']}: n = {first['n_problems']}, {first['samples_per_problem']} sample(s) a problem, "
-        f"≤ {first['max_tokens']} tokens; 95 % intervals",
-        fontsize=10,
-    )
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    axes.set(ylim=(0, 1.03))
+    _share_against_accuracy(axes, rows[0], f"{rows[0]['dataset']}: n = {rows[0]['n_problems']}")
     return figure
 
 
@@ -176,17 +168,21 @@ def front(rows: Sequence[dict]) -> Figure:
             best = row["accuracy"]
             edge.append((row["offload_share"], best))
     axes.plot(*zip(*edge), color="grey", linewidth=1, zorder=0, label="front")
-    axes.set(xlabel="offload share (tokens by the big model)", ylabel="accuracy")
+    _share_against_accuracy(axes, rows[0], f"n = {rows[0]['n_problems']} problems of {len(rows[0]['by_seed'])} seed(s)")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    return figure
+
+
+def _share_against_accuracy(axes, row: dict, measured: str) -> None:
+    """Labels, percentages, legend, and in the title what was `measured` and how."""
+    axes.set(xlabel="offload share (tokens by the big model)", ylabel="accuracy")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    first = rows[0]
     axes.set_title(
-        f"n = {first['n_problems']} problems of {len(first['by_seed'])} seed(s), "
-        f"{first['samples_per_problem']} sample(s) a problem, ≤ {first['max_tokens']} tokens; 95 % intervals",
+        f"{measured}, {row['samples_per_problem']} sample(s) a problem, ≤ {row['max_tokens']} tokens; 95 % intervals",
         fontsize=10,
     )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-    return figure
 
 
 def _running_mean(axes, x: Sequence[float], values: Sequence[float], window: int, **style) -> None:
