@@ -89,33 +89,24 @@ def combinations(chosen: Plan) -> tuple[Params, dict[int, Params], list[tuple[Co
     """
     for_base = {key: value for key, value in chosen.fix.items() if key in OF_THE_BASE}
     plain = params.load(chosen.params, **for_base)
-    top = params.load(chosen.params, **for_base, run=f"{plain.run}-{chosen.name}")
+    top = params.load(chosen.params, **{**for_base, "run": f"{plain.run}-{chosen.name}"})
     names = [key.rpartition(".")[2] for key in chosen.vary]
     names = names if len(set(names)) == len(names) else list(chosen.vary)
     changed = {*chosen.vary, *chosen.fix} - set(for_base)
+    own = _own(changed)
+    shared = [name for name in pipeline.STAGES if name not in own]
     bases, runs = {}, []
     for seed in chosen.seeds:
         run = plain.run if seed == plain.seed else f"{plain.run}-seed{seed}"
-        bases[seed] = params.load(chosen.params, **for_base, run=run, seed=seed)
+        bases[seed] = params.load(chosen.params, **{**for_base, "run": run, "seed": seed})
+        base = {"folder": str(bases[seed].run_dir), "stages": shared} if shared else None
         for point in itertools.product(*chosen.vary.values()):
             values = dict(zip(chosen.vary, point))
             label = ", ".join(f"{name}={_plain(value)}" for name, value in zip(names, point)) or "fixed"
             folder = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{label}-seed{seed}".replace("=", "-"))
-            base = {
-                "folder": str(bases[seed].run_dir),
-                "stages": [s for s in pipeline.STAGES if s not in _own(changed)],
-            }
             given = {"evaluate.policies": MEASURED, **chosen.fix, **values}
-            p = params.load(
-                chosen.params,
-                **{
-                    **given,
-                    "seed": seed,
-                    "run": folder,
-                    "outputs": str(top.run_dir),
-                    "base": base if base["stages"] else None,
-                },
-            )
+            place = {"seed": seed, "run": folder, "outputs": str(top.run_dir), "base": base}
+            p = params.load(chosen.params, **{**given, **place})
             runs.append((Combination(label, values, seed, str(p.run_dir)), p))
     return top, bases, runs
 
@@ -139,17 +130,16 @@ def run(chosen: Plan, jobs: int = 1) -> int:
 
     with ThreadPoolExecutor(jobs) as pool:
         errors = dict(zip(bases, pool.map(base_of, bases))) if last else {}
-        work = {pool.submit(one, p): (c, p) for c, p in runs}
+        work = {pool.submit(one, p): combination for combination, p in runs}
         bar = tqdm(total=len(runs), desc=top.run, unit="run", disable=not sys.stderr.isatty())
         for future in as_completed(work):
-            combination, _ = work[future]
+            combination = work[future]
             error = future.result()
             combination.state = "failed" if error else "complete"
             bar.update()
             bar.write(f"{combination.label}, seed {combination.seed}: {error or 'complete'}")
             _write(top.run_dir, chosen, [c for c, _ in runs])
         bar.close()
-    _write(top.run_dir, chosen, [c for c, _ in runs])
     failed = [c for c, _ in runs if c.state == "failed"]
     status = 0
     if len(failed) < len(runs):

@@ -25,6 +25,12 @@ def test_a_params_file_and_values():
     assert len({p.run_dir for _, p in runs}) == len(runs)
 
 
+def test_another_name_for_the_base_run():
+    top, bases, runs = sweep.combinations(sweep.plan("params/cpu.yaml", ["run=mine", "grpo.beta=0,1"]))
+    assert top.run == "mine-beta" and bases[0].run == "mine"
+    assert all(p.base.folder == str(bases[0].run_dir) for _, p in runs)
+
+
 def test_what_is_touched_is_done_again():
     plan = sweep.plan("params/cpu.yaml", ["annotate.threshold=0.1,1"])
     _, _, runs = sweep.combinations(plan)
