@@ -28,14 +28,37 @@ class ModelSpec(Section):
 
     path: str | None = Field(None, description="folder or hub name; empty: the one stage 00 trains")
     adapter: str | None = Field(None, description="folder of a LoRA adapter to lay on top")
+    merge: bool = Field(True, description="fold the adapter into the weights when it is loaded")
+    engine: Literal["transformers", "vllm"] = "transformers"
+    url: str | None = Field(None, description="vllm: address of a running server, such as http://127.0.0.1:8000")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["none", "nf4", "int8"] = Field("none", description="weights in 4 or 8 bits, by bitsandbytes")
+    quantization: Literal["none", "nf4", "int8", "awq", "gptq", "fp8"] = Field(
+        "none", description="nf4 and int8: by bitsandbytes, either engine (vllm: nf4 alone); the others: vllm"
+    )
+    context: int | None = Field(None, ge=16, description="longest sequence there is room for; empty: the model's own")
+    kv_cache_gb: float | None = Field(None, gt=0, description="vllm: size of the KV cache in GiB, on each device")
+    tensor_parallel: int = Field(1, ge=1, description="vllm: devices that share every layer")
+    pipeline_parallel: int = Field(1, ge=1, description="vllm: groups of devices that share the layers out")
+    ray: bool = Field(False, description="vllm: the devices are on several machines, under Ray")
+    compile: bool = Field(False, description="torch.compile (transformers), CUDA graphs (vllm)")
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> ModelSpec:
+        if self.engine == "transformers":
+            if self.quantization in ("awq", "gptq", "fp8"):
+                raise ValueError(f"quantization {self.quantization} needs engine: vllm; transformers takes nf4 and int8")
+            if self.url or self.ray or self.tensor_parallel * self.pipeline_parallel > 1:
+                raise ValueError("url, ray and the parallel settings need engine: vllm")
+        if self.engine == "vllm" and self.quantization == "int8":
+            raise ValueError("quantization int8 needs engine: transformers; vllm takes nf4, awq, gptq and fp8")
+        return self
 
 
 class Pair(Section):
     small: ModelSpec = ModelSpec()
     big: ModelSpec = ModelSpec()
+    tuned: ModelSpec | None = Field(None, description="a small model that writes the tags already; nothing is trained")
 
 
 class ArithModel(Section):
@@ -139,7 +162,9 @@ class Grpo(Section):
     max_steps: int = Field(100, ge=1)
     batch_size: int = Field(128, ge=2, description="rollouts a step; a multiple of num_generations")
     num_generations: int = Field(8, ge=2)
-    processes: int = Field(1, ge=1, description="more than one: training runs under `accelerate launch`")
+    processes: int = Field(1, ge=1, description="more than one: under `accelerate launch`, or torchrun on a CPU")
+    use_vllm: Literal["no", "colocate", "server"] = Field("no", description="the small model's rollouts by TRL's vLLM")
+    vllm_url: str = Field("http://127.0.0.1:8000", description="server: where `trl vllm-serve` listens")
     accelerate_config: str | None = Field(None, description="file for `accelerate launch`; empty: plain data parallel")
     learning_rate: float = Field(2e-4, gt=0)
     temperature: float = Field(1.0, gt=0)
@@ -169,6 +194,11 @@ class Offload(Section):
     batch_size: int = Field(64, ge=1, description="traces written at the same time")
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: all tokens")
+    hint: str = Field("", description="text appended to every problem, such as the tags' instruction of the paper")
+    stream_chunk: int = Field(0, ge=0, description="the big model reads along every so many small tokens; 0: when asked")
+    overlap: bool = Field(False, description="the big model writes on while the small one looks at its last chunk")
+    threads: bool = Field(False, description="each transformers engine in a thread of its own: for two devices")
     n_demo: int = Field(64, ge=1, description="problems in the batch of notebook 04")
 
     @property
@@ -194,11 +224,30 @@ class Evaluate(Section):
         return self
 
 
+class Bench(Section):
+    """What `python -m srlib bench` measures."""
+
+    batch_sizes: list[int] = Field([1, 16, 64], min_length=1)
+    repeats: int = Field(3, ge=1, description="runs whose median is taken, after one to warm up")
+    max_tokens: int = Field(64, ge=2, description="tokens of a trace")
+    traces_per_slot: int = Field(2, ge=1, description="traces for each of the batch's places")
+    random_share: float = Field(0.05, gt=0, lt=1)
+    random_chunk: int = Field(16, ge=1)
+    draft_tokens: int = Field(4, ge=1, description="tokens the small model drafts in speculative decoding")
+
+
 class Base(Section):
     """Another run that has done some of the stages already."""
 
     folder: str = Field(description="folder of that run, with its manifest")
     stages: list[str] = Field(min_length=1, description="stages whose artefacts are taken from there")
+
+
+class Hardware(Section):
+    """What a run may use; `python -m srlib plan` compares the needs with it."""
+
+    gpus: int = Field(0, ge=0, description="0: the CPU and its memory")
+    gpu_gb: float = Field(24.0, gt=0, description="memory of one GPU, in GiB")
 
 
 class Params(Section):
@@ -209,6 +258,7 @@ class Params(Section):
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice")
     outputs: str = Field("outputs", description="folder that holds the runs")
     base: Base | None = Field(None, description="a run whose earlier stages this one shares")
+    hardware: Hardware = Hardware()
     pair: Pair = Pair()
     data: Data = Data()
     arith: Arith = Arith()
@@ -218,6 +268,7 @@ class Params(Section):
     grpo: Grpo = Grpo()
     offload: Offload = Offload()
     evaluate: Evaluate = Evaluate()
+    bench: Bench = Bench()
 
     @property
     def run_dir(self) -> Path:
@@ -242,7 +293,9 @@ class Params(Section):
 
     @property
     def tuned(self) -> ModelSpec:
-        """The small model with the adapter of stage 02 on top."""
+        """The small model with the adapter of stage 02 on top, or the one that is given."""
+        if self.pair.tuned is not None:
+            return self._resolve(self.pair.tuned, "small")
         return self.small.model_copy(update={"adapter": str(self.where("02_sft") / "adapter")})
 
     @property

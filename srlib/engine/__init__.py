@@ -9,6 +9,11 @@ every request that is waiting:
     while request not in engine.step(): ...
     request.ids, request.logprobs
 
+What every engine has: `tokenizer`, `slots`, `context`, `eos`, `counters`; `open`, `close`,
+`truncate`, `submit`, `cancel`, `step`. A *running* engine works by itself (a server, a thread):
+its `step` waits for what is done, and `deliver_to(queue)` has it put each done request there,
+so that one place can wait for several engines.
+
 `load` makes an engine from a model's name or folder.
 """
 
@@ -21,71 +26,110 @@ from srlib import SrlibError
 from srlib.params import ModelSpec
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; means the same in every engine.
+
+    The distribution is that of the logits divided by `temperature`, cut to the `top_k` likeliest
+    tokens, then to the smallest set that holds `top_p` of the probability. The draw at a position
+    depends on `seed` and the position alone, so it is the same whether the token is decoded, or
+    asked for in an extend, and whatever was drawn before and taken back.
+    """
+
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    seed: int = 0
+
+
 @dataclass(eq=False)
 class Sequence:
     """One text an engine has open, and how much of it the model has processed."""
 
     slot: int
     ids: list[int]
-    temperature: float
-    top_p: float
-    seed: int
+    sampling: Sampling
     processed: int = 0  # keys and values of ids[:processed] are in the cache
-    forwarded: int = 0  # tokens the model has processed for it, those taken back included
+    longest: int = 0  # most ids that have been processed at one time
+    forwarded: int = 0  # tokens the model has processed for it, those taken back or read again included
     logits: object = None  # (V,), after the last processed token
-    generator: object = None  # random state; made on the first draw
 
 
 @dataclass(eq=False)
 class Request:
     """Read `feed`, then decode up to `max_new` tokens or to one of `stops`.
 
-    With `max_new=0` it is an *extend*: `own` answers, for every id of `feed`, which token the
-    model itself would have written after it, and `watched` the log-probability of `watch` there.
-    Both come from the forward pass that reads `feed`.
+    With `max_new=0` it is an *extend*: where `ask` is set, `own` answers, for every id of `feed`,
+    which token the model itself would have written after it, and `watched` the log-probability of
+    `watch` there. Both come from the forward pass that reads `feed`. Without `ask` it only reads.
     """
 
     sequence: Sequence
     feed: list[int] = field(default_factory=list)
     max_new: int = 0
     stops: tuple[tuple[int, ...], ...] = ()
+    stop_texts: tuple[str, ...] = ()  # the text of the decoded ids holds one of these
+    max_entropy: float | None = None  # in nats: ends before a token whose distribution has more
+    ask: bool = False
     watch: int | None = None
 
     ids: list[int] = field(default_factory=list)  # decoded
-    logprobs: list[float] = field(default_factory=list)  # of each decoded id, under the sampling temperature
+    logprobs: list[float] = field(default_factory=list)  # of each decoded id, at the sampling temperature, before cuts
     own: list[int] = field(default_factory=list)
     watched: list[float] = field(default_factory=list)
+    stopped: tuple[int, ...] | str | None = None  # the stop the decoded ids end with
+    unsure: bool = False  # ended by `max_entropy`
+    done: bool = False
+    error: SrlibError | None = None  # it failed, with its sequence; nothing above is of use
 
-    @property
-    def stopped(self) -> tuple[int, ...] | None:
-        """The stop the decoded ids end with, if any."""
-        return next((s for s in self.stops if len(self.ids) >= len(s) and tuple(self.ids[-len(s) :]) == s), None)
+    def add(self, token: int, logprob: float, tokenizer) -> bool:
+        """Take a decoded token; returns whether the request ends with it."""
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        for stop in self.stops:
+            if tuple(self.ids[-len(stop) :]) == stop:
+                self.stopped = stop
+        if self.stop_texts:
+            tail = tokenizer.decode(self.ids[-STOP_TAIL:], skip_special_tokens=False)
+            self.stopped = next((text for text in self.stop_texts if text in tail), self.stopped)
+        return self.stopped is not None or len(self.ids) >= self.max_new
+
+
+STOP_TAIL = 16  # tokens in which a stop text is looked for
 
 
 @dataclass
 class Counters:
     """What an engine has done since it was made."""
 
-    forward_tokens: int = 0  # tokens processed by the model
-    decoded_tokens: int = 0  # tokens it wrote
-    discarded_tokens: int = 0  # tokens processed and then taken back
+    prefilled_tokens: int = 0  # processed, more than one at a time
+    decoded_tokens: int = 0  # written
+    forward_tokens: int = 0  # processed in all
+    reread_tokens: int = 0  # of these, at positions that had been processed before
+    discarded_tokens: int = 0  # processed and then taken back
     calls: int = 0  # forward passes
-    seconds: float = 0.0
+    seconds: float = 0.0  # in which the engine was at work
 
 
 def load(spec: ModelSpec | str | Path, slots: int = 64):
     """An engine from a model's name or folder.
 
     Args:
-        spec: name or path, or a `ModelSpec` with adapter, device and dtype.
+        spec: name or path, or a `ModelSpec` with engine, adapter, device and dtype.
         slots: how many sequences can be open at the same time.
 
     Raises:
-        SrlibError: no such model or adapter, or one of its files is damaged.
+        SrlibError: no such model or adapter, one of its files is damaged, or vLLM is not installed
+            or not reached.
     """
+    spec = spec if isinstance(spec, ModelSpec) else ModelSpec(path=str(spec))
+    if spec.engine == "vllm":
+        from srlib.engine import vllm
+
+        return vllm.load(spec, slots)
     from srlib.engine import transformers
 
-    return transformers.load(spec if isinstance(spec, ModelSpec) else ModelSpec(path=str(spec)), slots)
+    return transformers.load(spec, slots)
 
 
 def check(spec: ModelSpec) -> None:
