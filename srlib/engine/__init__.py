@@ -9,10 +9,14 @@ every request that is waiting:
     while request not in engine.step(): ...
     request.ids, request.logprobs
 
-What every engine has: `tokenizer`, `slots`, `context`, `eos`, `counters`; `open`, `close`,
-`truncate`, `submit`, `cancel`, `step`. A *running* engine works by itself (a server, a thread):
-its `step` waits for what is done, and `deliver_to(queue)` has it put each done request there,
-so that one place can wait for several engines.
+What every engine has: `tokenizer`, `slots`, `context`, `eos`, `counters`, `running`; `open`,
+`close`, `truncate`, `submit`, `cancel`, `score`.
+
+A *stepping* engine (`running` is False) works when `step` is called, which returns the requests
+that are done. A *running* one (a server, a thread) works by itself and puts each done request
+into the queue given to `deliver_to`, so that one place can wait for several engines. While a
+request is under way only the engine touches its sequence; `cancel` takes it back: it is not
+answered, and the sequence's ids are as they were before it.
 
 `load` makes an engine from a model's name or folder.
 """
@@ -59,28 +63,30 @@ class Sequence:
 class Request:
     """Read `feed`, then decode up to `max_new` tokens or to one of `stops`.
 
-    With `max_new=0` it is an *extend*: where `ask` is set, `own` answers, for every id of `feed`,
+    With `max_new=0` it is an *extend*: for each of the last `ask` ids of `feed`, `own` answers
     which token the model itself would have written after it, and `watched` the log-probability of
-    `watch` there. Both come from the forward pass that reads `feed`. Without `ask` it only reads.
+    `watch` there. Both come from the forward pass that reads `feed`. With `ask=0` it only reads.
+
+    `logprobs` and `watched` are those of the distribution at the sequence's temperature, before
+    `top_k` and `top_p` cut it.
     """
 
     sequence: Sequence
     feed: list[int] = field(default_factory=list)
     max_new: int = 0
     stops: tuple[tuple[int, ...], ...] = ()
-    stop_texts: tuple[str, ...] = ()  # the text of the decoded ids holds one of these
+    stop_texts: tuple[str, ...] = ()  # ends when the text of the decoded ids holds one of these
     max_entropy: float | None = None  # in nats: ends before a token whose distribution has more
-    ask: bool = False
+    ask: int = 0
     watch: int | None = None
 
     ids: list[int] = field(default_factory=list)  # decoded
-    logprobs: list[float] = field(default_factory=list)  # of each decoded id, at the sampling temperature, before cuts
+    logprobs: list[float] = field(default_factory=list)  # of each decoded id
     own: list[int] = field(default_factory=list)
     watched: list[float] = field(default_factory=list)
     stopped: tuple[int, ...] | str | None = None  # the stop the decoded ids end with
     unsure: bool = False  # ended by `max_entropy`
-    done: bool = False
-    error: SrlibError | None = None  # it failed, with its sequence; nothing above is of use
+    error: SrlibError | None = None  # it failed; nothing above is of use, and the sequence is lost
 
     def add(self, token: int, logprob: float, tokenizer) -> bool:
         """Take a decoded token; returns whether the request ends with it."""
