@@ -12,8 +12,9 @@ from scipy import stats
 
 from srlib import SrlibError, spans
 from srlib.grade import grade
-from srlib.offload import Offloader, Policy, Trace
+from srlib.offload import Offloader, Trace
 from srlib.params import Offload
+from srlib.policies import Policy
 from srlib.problems import Problem
 
 
@@ -61,6 +62,7 @@ def run(
     start = time.perf_counter()
     traces = writer.run([problem.prompt for problem in asked], progress=True)
     wall = time.perf_counter() - start
+    writer.raise_if_failed(traces)
     records = [_record(problem, trace, writer.tokenizer) for problem, trace in zip(asked, traces)]
     return summarise(policy.name, dataset, config.max_tokens, traces, records, wall), records
 

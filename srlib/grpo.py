@@ -31,8 +31,9 @@ from srlib import SrlibError, spans
 from srlib.engine.transformers import TransformersEngine, device_of, load_model
 from srlib.grade import grade
 from srlib.latency import PairSpeed, Speed
-from srlib.offload import SMALL, Learned, Never, Offloader, Trace
+from srlib.offload import SMALL, Offloader, Trace
 from srlib.params import Grpo, ModelSpec, Offload, Params, build, find
+from srlib.policies import Learned, Never
 from srlib.problems import Problem
 from srlib.problems import load as load_problems
 from srlib.rewards import REWARDS, Rollout, Targets, weights
@@ -61,7 +62,7 @@ def train(
     Returns:
         the trainer's log, a record a step: `reward`, `offload_share`, and each reward's mean.
     """
-    model, tokenizer = load_model(tuned, merge=False)
+    model, tokenizer = load_model(tuned, trainable=True)
     ready_for_trl(model)
     paid = weights(config)
     rollouts = Rollouts(tokenizer, big, problems, config, offload, seed, folder / "samples.jsonl")
@@ -218,7 +219,9 @@ class Rollouts:
             seed=self.seed * 1_000_003 + step,
             **settings,
         )
-        return writer.run(prompts)
+        traces = writer.run(prompts)
+        writer.raise_if_failed(traces)
+        return traces
 
     def rollout(self, prompt: str, trace: Trace) -> Rollout:
         """The counts that rewards are made of; with `rollout: self`, what the small model asks for counts as big."""

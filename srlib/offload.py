@@ -5,12 +5,16 @@ read yet and never a tag. After every chunk of the big model's tokens the small 
 and where its own next token would be `</bigmodel>` it takes control back: the decision falls
 out of the forward pass that it needs anyway. So each model processes every token once.
 
+Tags that are plain text are looked for in the text, so that it does not matter how the small
+model cuts them into tokens; in the trace they stand as the tokenizer writes them alone.
+
 What happens at the edges: a span also closes at the span budget (the closing tag is then
 `FORCED`); a span has at least one token, so a request cannot be empty; end of text by either
 model ends the trace, in a span too; opening tags inside a span cannot occur, as the big model
 writes there; a closing tag outside one stays in the trace and is counted as malformed; at the
-total budget the trace ends with finish `length`, and a prompt with no room left in the context
-gives an empty trace with finish `prompt`.
+total budget the trace ends with finish `length`, a prompt with no room left in the context
+gives an empty trace with finish `prompt`, and an engine that fails ends the traces it was
+asked for with finish `error`.
 
 Deviation from the paper (section on inference): control returns at the exact token, seen in one
 pass, where the public code generates a few tokens from every prefix to look for the tag.
@@ -20,21 +24,24 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import random
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
 from srlib import SrlibError, spans
-from srlib.engine import Request
+from srlib.engine import STOP_TAIL, Background, Request, Sampling
+from srlib.policies import Policy
 from srlib.problems import encode_prompt
 from srlib.spans import Tags
 
 SMALL, BIG, FORCED = 0, 1, 2  # who wrote a token; FORCED: put in by the controller
+NAN = float("nan")
+Steps = Generator[Request, None, None]  # what is waited for, until it is done
 
 
 class Handover(NamedTuple):
@@ -57,7 +64,8 @@ class Trace:
     owners: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # nan where FORCED
     handovers: list[Handover] = field(default_factory=list)
-    finish: str = ""  # eos, length or prompt
+    finish: str = ""  # eos, length, prompt or error
+    error: str = ""  # what went wrong, where `finish` is error
     small_forward_tokens: int = 0
     big_forward_tokens: int = 0
 
@@ -83,7 +91,7 @@ class Trace:
 
     def text(self, tokenizer) -> str:
         """The trace without tags."""
-        return tokenizer.decode(spans.strip(self.ids, self.tags), skip_special_tokens=True)
+        return spans.strip(tokenizer.decode(spans.strip(self.ids, self.tags), skip_special_tokens=True))
 
     def pieces(self, tokenizer) -> list[tuple[str, bool]]:
         """The trace with its tags, cut where the owner changes: (text, by the big model)."""
@@ -94,40 +102,74 @@ class Trace:
 class _Side:
     """One model's view of one trace: a sequence, and what it has still to read."""
 
-    def __init__(self, engine, prompt_ids: list[int], **sampling) -> None:
+    def __init__(self, engine, prompt_ids: list[int], sampling: Sampling) -> None:
         self.engine, self.sampling = engine, sampling
         self.unread = list(prompt_ids)
         self.sequence = None
+        self.length = 0  # ids the sequence has, as far as they have been heard of
 
-    def request(self, **ask) -> Generator[tuple, Request, Request]:
-        """Read what is unread and do what is asked, when the engine comes to it."""
+    def start(self, **ask) -> Request:
+        """Have what is unread read and do what is asked, without waiting for it."""
         if self.sequence is None:
-            self.sequence = self.engine.open([], **self.sampling)
+            self.sequence = self.engine.open([], self.sampling)
         feed, self.unread = self.unread, []
-        return (yield self.engine, Request(self.sequence, feed, **ask))
+        self.length += len(feed)
+        return self.engine.submit(Request(self.sequence, feed, **ask))
 
-    def truncate(self, tokens: int) -> None:
+    def wait(self, request: Request) -> Steps:
+        """Until `request` is done.
+
+        Raises:
+            SrlibError: it failed.
+        """
+        yield request
+        if request.error:
+            raise request.error
+        self.length += len(request.ids)
+
+    def request(self, **ask) -> Generator[Request, None, Request]:
+        """`start`, and wait for it."""
+        request = self.start(**ask)
+        yield from self.wait(request)
+        return request
+
+    def read(self) -> None:
+        """Have what is unread read while others work."""
+        if self.unread:
+            self.start()
+
+    def take_back(self, tokens: int) -> None:
         """Take the last `tokens` ids back."""
-        self.engine.truncate(self.sequence, len(self.sequence.ids) - tokens)
+        self.length -= tokens
+        self.engine.truncate(self.sequence, self.length)
 
-    def close(self) -> int:
-        """Give the slot back; how many tokens the model processed for this trace."""
-        if self.sequence is None:
-            return 0
-        self.engine.close(self.sequence)
-        return self.sequence.forwarded
+    def close(self) -> None:
+        """Give the slot back."""
+        if self.sequence is not None:
+            self.engine.close(self.sequence)
+
+    @property
+    def forwarded(self) -> int:
+        """How many tokens the model has processed for this trace."""
+        return self.sequence.forwarded if self.sequence else 0
 
 
 class Writer:
-    """The writing of one trace: what a policy may do with it. Every method is a generator of requests."""
+    """The writing of one trace: what a policy may do with it. What takes time is a generator of requests."""
 
-    def __init__(self, offloader: Offloader, prompt_ids: list[int], seed: int) -> None:
+    def __init__(self, offloader: Offloader, prompt_ids: list[int], big_prompt_ids: list[int], seed: int) -> None:
         self.o, self.seed = offloader, seed
         self.trace = Trace(list(prompt_ids), offloader.tags)
-        self.small = _Side(offloader.small, prompt_ids, **offloader.sampling, seed=seed)
-        self.big = _Side(offloader.big, prompt_ids, **offloader.big_sampling, seed=seed + 1)
-        contexts = [engine.context for engine in (offloader.small, offloader.big) if engine is not None]
-        self.room = min(offloader.max_tokens, min(contexts) - len(prompt_ids))
+        # One seed for both: where they agree on a token's distribution they draw the same token.
+        self.small = _Side(offloader.small, prompt_ids, replace(offloader.sampling, seed=seed))
+        self.big = _Side(offloader.big, big_prompt_ids, replace(offloader.big_sampling, seed=seed))
+        rooms = [
+            engine.context - len(ids)
+            for engine, ids in ((offloader.small, prompt_ids), (offloader.big, big_prompt_ids))
+            if engine is not None
+        ]
+        self.room = min(offloader.max_tokens, *rooms)
+        self._shown = 0  # the big model has been given the trace up to here, as far as the small one wrote it
         if self.room <= 0:
             self.trace.finish = "prompt"
 
@@ -140,82 +182,196 @@ class Writer:
     def done(self) -> bool:
         return bool(self.trace.finish)
 
-    def small_writes(self, n: int, stops: tuple = ()) -> Generator[tuple, Request, tuple | None]:
-        """Up to `n` tokens by the small model; returns the one of `stops` it ended with."""
-        eos = self.o.eos(self.small)
-        request = yield from self.small.request(max_new=min(n, self.left), stops=(*stops, *eos))
-        self._append(request.ids, SMALL, request.logprobs)
-        stop = request.stopped if request.stopped in stops else None
-        self.big.unread += request.ids[: len(request.ids) - len(stop or ())]
-        self._end_if(request.stopped in eos)
-        return stop
+    def close(self) -> None:
+        """Give the slots back."""
+        self.small.close()
+        self.big.close()
 
-    def big_writes(self, n: int) -> Generator[tuple, Request, None]:
+    def small_writes(
+        self, n: int, tags: bool = False, max_entropy: float | None = None
+    ) -> Generator[Request, None, str | None]:
+        """Up to `n` tokens by the small model, up to a tag with `tags`, or to where it is unsure.
+
+        Args:
+            max_entropy: of a token's distribution, in nats; a token above it is not written.
+
+        Returns:
+            the tag it ended with, `unsure`, or None.
+        """
+        o, eos, start = self.o, self.o.eos(self.small), len(self.trace.ids)
+        ends = {"stops": eos}
+        if tags:
+            ends = {"stops": eos, "stop_texts": o.tag_texts} if o.plain_tags else {"stops": (*o.tag_ids, *eos)}
+        end = start + min(n, self.left)
+        while True:
+            before = len(self.trace.ids)
+            request = yield from self.small.request(
+                max_new=min(end - before, o.stream_chunk or o.max_tokens),
+                max_entropy=max_entropy,
+                recent=self.trace.ids[max(start, before - STOP_TAIL) : before],
+                **ends,
+            )
+            self._append(request.ids, SMALL, request.logprobs)
+            if request.stopped or request.unsure or len(self.trace.ids) >= end:
+                break
+            if o.big is not None:  # it reads along, but for what may be the beginning of a tag
+                self.big.unread += self._unshown(start, STOP_TAIL if tags and o.plain_tags else 0)
+                self.big.read()
+        tag = None
+        if isinstance(request.stopped, str):
+            tag = self._settle(request.stopped)
+        elif request.stopped in o.tag_ids:
+            tag = o.tag_texts[o.tag_ids.index(request.stopped)]
+        self.big.unread += self._unshown(start, len(o.tag_ids[o.tag_texts.index(tag)]) if tag else 0)
+        self._end_if(request.stopped in eos)
+        return tag or ("unsure" if request.unsure else None)
+
+    def big_writes(self, n: int) -> Steps:
         """Up to `n` tokens by the big model."""
         start, began = len(self.trace.ids), self.o.clock()
-        ended = yield from self._big_chunk(n)
+        ended = yield from self._big_chunk(self._start_big(n))
         self._end_if(ended)
         self._handover(start, len(self.trace.ids), self.trace.finish or "chunk", began)
 
-    def span(self) -> Generator[tuple, Request, None]:
-        """The big model writes until the small one would close the span, or a budget or the text ends."""
-        start, began, closed_by, tag = len(self.trace.ids), self.o.clock(), "", 0
+    def span(self, budget: int | None = None) -> Steps:
+        """The big model writes until the small one would close the span, or a budget or the text ends.
+
+        Args:
+            budget: most tokens of the span, where it is to be less than the span budget.
+        """
+        o, start, began, closed_by, tag = self.o, len(self.trace.ids), self.o.clock(), "", 0
+        budget = min(budget or o.span_budget, o.span_budget)
+        request = self._start_big(min(o.control_chunk, budget))
         while not closed_by:
             before = len(self.trace.ids)
-            ended = yield from self._big_chunk(min(self.o.control_chunk, self.o.span_budget - (before - start)))
-            n = len(self.trace.ids) - before
+            ended = yield from self._big_chunk(request)
+            n, ahead = len(self.trace.ids) - before, None
+            left = min(o.control_chunk, budget - (len(self.trace.ids) - start))
+            if o.overlap and left > 0 and self.left > 0 and not ended:
+                ahead = self._start_big(left)
             if n > ended:
-                tag = yield from self._close_if_wanted(n, n - ended)
+                tag = yield from self._close_if_wanted(n, n - ended, ahead)
             if tag:
                 closed_by = "small"
                 continue
             self._end_if(ended)
-            over = len(self.trace.ids) - start >= self.o.span_budget
-            closed_by = self.trace.finish or ("budget" if over else "")
+            closed_by = self.trace.finish or ("budget" if left <= 0 else "")
+            if not closed_by:
+                request = ahead or self._start_big(left)
         end = len(self.trace.ids) - tag
         if closed_by == "budget":
             close = list(self.trace.tags.close)[: self.left]
-            self._append(close, FORCED, [float("nan")] * len(close))
+            self._append(close, FORCED, [NAN] * len(close))
             self.small.unread += close
         self._end_if(False)
         self._handover(start, end, closed_by, began)
 
-    def _big_chunk(self, n: int) -> Generator[tuple, Request, bool]:
-        """Up to `n` tokens by the big model; returns whether the text ended."""
-        request = yield from self.big.request(max_new=min(n, self.left), stops=self.o.eos(self.big))
+    def draft(self, n: int) -> Steps:
+        """The small model drafts `n` tokens; the big one keeps those it would have written, and adds the next.
+
+        Every token is the one that the big model alone would have written: in one pass over the
+        draft it answers what it would have put at each place. (Leviathan et al. 2023, arXiv
+        2211.17192; as both draw with one seed, kept and replaced tokens are exactly the big model's.)
+        """
+        eos = self.o.eos(self.big)
+        asked = min(n, self.left - 1)
+        drafted: list[int] = []
+        if asked:
+            request = yield from self.small.request(max_new=asked, stops=eos)
+            drafted = request.ids
+        began = self.o.clock()
+        self.big.unread += drafted
+        answer = yield from self.big.request(ask=len(drafted) + 1)
+        kept = 0
+        while kept < len(drafted) and drafted[kept] == answer.own[kept]:
+            kept += 1
+        if drafted:
+            self._append(drafted[:kept], SMALL, request.logprobs[:kept])
+        if extra := len(drafted) - kept:
+            self.small.take_back(extra)
+            self.big.take_back(extra)
+        if kept and (drafted[kept - 1],) in eos:
+            return self._end_if(True)
+        start, token = len(self.trace.ids), answer.own[kept]
+        self._append([token], BIG, [NAN])
+        self.small.unread.append(token)
+        self.big.unread.append(token)
+        self._end_if((token,) in eos)
+        self._handover(start, start + 1, self.trace.finish or "draft", began)
+
+    def _start_big(self, n: int) -> Request:
+        return self.big.start(max_new=min(n, self.left), stops=self.o.eos(self.big))
+
+    def _big_chunk(self, request: Request) -> Generator[Request, None, bool]:
+        """What `request` has the big model write; returns whether the text ended."""
+        yield from self.big.wait(request)
         self._append(request.ids, BIG, request.logprobs)
         self.small.unread += request.ids
         return request.stopped is not None
 
-    def _close_if_wanted(self, n: int, asked: int) -> Generator[tuple, Request, int]:
+    def _close_if_wanted(self, n: int, asked: int, ahead: Request | None) -> Generator[Request, None, int]:
         """The small model reads the last `n` tokens: would it close the span after one of the first `asked`?
 
-        If so, the tokens behind that place are dropped and the tag is written. Returns its length, or 0.
+        If so, the tokens behind that place are dropped, `ahead` is taken back, and the tag is
+        written. Returns its length, or 0.
         """
-        close = self.trace.tags.close
-        request = yield from self.small.request(watch=close[0])
-        own, watched = request.own[-n:], request.watched[-n:]
-        if close[0] not in own[:asked]:
+        close, o = self.trace.tags.close, self.o
+        request = yield from self.small.request(ask=n, watch=close[0])
+        place = next((i for i, token in enumerate(request.own[:asked]) if token in o.may_close), None)
+        if place is None or (self.left < len(close) and n == place + 1):
             return 0
-        kept = own.index(close[0]) + 1
-        if extra := n - kept:
-            self.small.truncate(extra)
-            self.big.truncate(extra)
-            for column in (self.trace.ids, self.trace.owners, self.trace.logprobs):
-                del column[-extra:]
-        if self.left < len(close):
-            return 0
-        if len(close) == 1:
-            self._append(list(close), SMALL, [watched[kept - 1]])
+        tries = None
+        if o.plain_tags:  # it began like the tag: the small model writes on, and another word is taken back
+            tries = yield from self.small.request(max_new=len(close) + 2, stop_texts=o.tag_texts)
+            text = o.tokenizer.decode(tries.ids).lstrip()
+            if not text.startswith(o.tag_texts[1:]):
+                self.small.take_back(len(tries.ids))
+                return 0
+        if ahead is not None:
+            self.big.engine.cancel(ahead)
+        if extra := n - place - 1:
+            self.small.take_back(extra)
+            self.big.take_back(extra)
+            self._drop(extra)
+        if tries is None:
+            self._append(list(close), SMALL, [request.watched[place]])
             self.small.unread += close
-            return 1
-        # A tag of several tokens: the small model writes it out; another word is taken back.
-        request = yield from self.small.request(max_new=len(close))
-        if tuple(request.ids) != close:
-            self.small.truncate(len(close))
-            return 0
-        self._append(request.ids, SMALL, request.logprobs)
+        elif tuple(tries.ids) == close:
+            self._append(tries.ids, SMALL, tries.logprobs)
+        else:
+            self.small.take_back(len(tries.ids))
+            self._append(list(close), FORCED, [NAN] * len(close))
+            self.small.unread += close
         return len(close)
+
+    def _settle(self, tag: str) -> str:
+        """Write the tag that the last tokens spell in the tokens it has alone; returns it in its usual spelling."""
+        o = self.o
+        tail = self.trace.ids[-STOP_TAIL:]
+        text = o.tokenizer.decode(tail)
+        at = text.rindex(tag)
+        kept = len(tail)
+        while not text[:at].startswith(before := o.tokenizer.decode(tail[:kept])):
+            kept -= 1
+        tag = o.tag_texts[0] if tag == o.tag_texts[0] else o.tag_texts[1]
+        written = list(o.tag_ids[o.tag_texts.index(tag)])
+        again = o.tokenizer.encode(text[len(before) : at], add_special_tokens=False) + written
+        if again != tail[kept:] and self.left + len(tail) - kept >= len(again):
+            self.small.take_back(len(tail) - kept)
+            self._drop(len(tail) - kept)
+            self._append(again, FORCED, [NAN] * len(again))
+            self.small.unread += again
+        return tag
+
+    def _unshown(self, start: int, but: int) -> list[int]:
+        """What the small model has written since `start` and the big one has not been shown, but the last `but`."""
+        fresh = self.trace.ids[max(start, self._shown) : len(self.trace.ids) - but]
+        self._shown = max(start, self._shown) + len(fresh)
+        return fresh
+
+    def _drop(self, tokens: int) -> None:
+        for column in (self.trace.ids, self.trace.owners, self.trace.logprobs):
+            del column[-tokens:]
 
     def _append(self, ids: list[int], owner: int, logprobs: list[float]) -> None:
         self.trace.ids += ids
@@ -237,67 +393,8 @@ class Writer:
         handovers.append(Handover(start, end - start, closed_by, began, seconds))
 
 
-class Policy(Protocol):
-    """Decides who writes; `write` is a generator of requests, made of the methods of a `Writer`."""
-
-    name: str
-
-    def write(self, writer: Writer) -> Generator[tuple, Request, None]: ...
-
-
-@dataclass(frozen=True)
-class Learned:
-    """The small model asks with `<bigmodel>`, as it was trained to."""
-
-    name: str = "learned"
-
-    def write(self, writer: Writer) -> Generator[tuple, Request, None]:
-        tags = writer.trace.tags
-        while not writer.done:
-            stop = yield from writer.small_writes(writer.left, stops=(tags.open, *tags.closes))
-            if stop == tags.open and not writer.done:
-                yield from writer.span()
-
-
-@dataclass(frozen=True)
-class Never:
-    """The small model alone; if it writes tags, it also writes what is between them."""
-
-    name: str = "never"
-
-    def write(self, writer: Writer) -> Generator[tuple, Request, None]:
-        yield from writer.small_writes(writer.left)
-
-
-@dataclass(frozen=True)
-class Always:
-    """The big model alone."""
-
-    name: str = "always"
-
-    def write(self, writer: Writer) -> Generator[tuple, Request, None]:
-        yield from writer.big_writes(writer.left)
-
-
-@dataclass(frozen=True)
-class Random:
-    """Chunks of `chunk` tokens, each the big model's with probability `share`; the baseline of the paper."""
-
-    share: float
-    chunk: int = 4
-    name: str = "random"
-
-    def write(self, writer: Writer) -> Generator[tuple, Request, None]:
-        rng = random.Random(writer.seed)
-        while not writer.done:
-            if rng.random() >= self.share:
-                yield from writer.small_writes(self.chunk)
-            else:
-                yield from writer.big_writes(self.chunk)
-
-
 class Offloader:
-    """Writes traces with two engines of one vocabulary.
+    """Writes traces with two engines.
 
     Args:
         small, big: engines; the one a policy never asks may be None.
@@ -307,8 +404,13 @@ class Offloader:
         control_chunk: big tokens between two looks of the small model; tokens behind the place
             where it takes over are lost, so 1 wastes nothing. Always 1 if a tag is several tokens.
         batch_size: traces written at the same time.
-        temperature, top_p: of both models; temperature 0 is greedy.
+        temperature, top_p, top_k: of both models; temperature 0 is greedy.
         big_temperature: of the big model, where it is to differ.
+        stream_chunk: the big model reads along every so many tokens of the small one; 0: when asked.
+        overlap: the big model writes its next chunk while the small one looks at the last; for
+            engines that really work at the same time.
+        threads: engines that work in steps get a thread each: for models on two devices.
+        hint: text put behind every prompt that is given as text.
         seed: with the prompt, it fixes a trace, whatever is written beside it.
 
     Raises:
@@ -327,22 +429,36 @@ class Offloader:
         batch_size: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         big_temperature: float | None = None,
+        stream_chunk: int = 0,
+        overlap: bool = False,
+        threads: bool = False,
+        hint: str = "",
         seed: int = 0,
     ) -> None:
-        self.small, self.big, self.policy = small, big, policy
+        self.policy = policy
         self.max_tokens, self.span_budget = max_tokens, span_budget
-        self.sampling = {"temperature": temperature, "top_p": top_p}
-        self.big_sampling = {
-            **self.sampling,
-            "temperature": temperature if big_temperature is None else big_temperature,
-        }
-        self.seed = seed
+        self.stream_chunk, self.overlap, self.hint, self.seed = stream_chunk, overlap, hint, seed
+        self.sampling = Sampling(temperature, top_p, top_k)
+        self.big_sampling = replace(
+            self.sampling, temperature=temperature if big_temperature is None else big_temperature
+        )
+        if threads:
+            small, big = (e if e is None or e.running else Background(e) for e in (small, big))
+        self.small, self.big = small, big
         self.engines = [engine for engine in (small, big) if engine is not None]
         self.batch_size = min(batch_size, *(engine.slots for engine in self.engines))
         self.tokenizer = self.engines[0].tokenizer
         self.tags = Tags.of(self.tokenizer)
-        self.control_chunk = control_chunk if len(self.tags.close) == 1 else 1
+        self.tag_ids = (self.tags.open, *self.tags.closes)
+        self.tag_texts = (spans.OPEN, spans.CLOSE, spans.OTHER_CLOSE)
+        self.plain_tags = len(self.tags.close) > 1
+        self.may_close = frozenset(self.tags.close)
+        self.control_chunk = control_chunk
+        if self.plain_tags:
+            self.control_chunk = 1
+            self.may_close = _beginnings(self.tokenizer, self.tag_texts[1:])
         if len(self.engines) == 2:
             check_vocabularies(small.tokenizer, big.tokenizer)
 
@@ -360,35 +476,99 @@ class Offloader:
         A prompt given k times is written with k different seeds.
         """
         self._start = time.perf_counter()
-        encoded = [encode_prompt(self.tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
         times_seen: Counter[tuple[int, ...]] = Counter()
         writers = []
-        for ids in encoded:
+        for prompt in prompts:
+            ids, big_ids = self._encode(prompt)
             key = f"{self.seed} {times_seen[tuple(ids)]} {ids}"
             times_seen[tuple(ids)] += 1
-            writers.append(Writer(self, ids, int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])))
+            seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])
+            writers.append(Writer(self, ids, big_ids, seed))
         waiting = deque(writers)
-        asked: dict[Request, tuple[Writer, Generator]] = {}
+        under_way: dict[Request, tuple[Writer, Steps]] = {}
         bar = tqdm(total=len(writers), desc=self.policy.name, unit="trace", disable=not progress, mininterval=1)
 
-        def advance(writer: Writer, steps: Generator, answer: Request | None) -> None:
+        def advance(writer: Writer, steps: Steps) -> None:
+            """Go on with one trace until it has to wait."""
             try:
-                engine, request = steps.send(answer)
-                asked[engine.submit(request)] = writer, steps
+                while (request := next(steps)).done:
+                    pass
+                under_way[request] = writer, steps
+                return
             except StopIteration:
-                writer.trace.small_forward_tokens = writer.small.close()
-                writer.trace.big_forward_tokens = writer.big.close()
-                bar.update()
+                pass
+            except SrlibError as error:
+                writer.trace.finish, writer.trace.error = "error", str(error)
+            writer.close()
+            bar.update()
 
-        while waiting or asked:
-            while waiting and len(asked) < self.batch_size:
-                writer = waiting.popleft()
-                advance(writer, (_ for _ in ()) if writer.done else self.policy.write(writer), None)
-            # The engine with more to do goes first: requests to the other gather into fuller batches.
-            for request in max(self.engines, key=lambda engine: len(engine.pending)).step():
-                advance(*asked.pop(request), request)
-        bar.close()
+        answers: SimpleQueue[Request] = SimpleQueue()
+        stepping = [engine for engine in self.engines if not engine.running]
+        for engine in self.engines:
+            if engine.running:
+                engine.deliver_to(answers)
+        try:
+            while waiting or under_way:
+                while waiting and len(under_way) < self.batch_size:
+                    writer = waiting.popleft()
+                    advance(writer, iter(()) if writer.done else self.policy.write(writer))
+                for request in self._answers(stepping, answers) if under_way else ():
+                    request.done = True
+                    if request in under_way:  # else nobody waits for it
+                        advance(*under_way.pop(request))
+        finally:  # an interrupted run gives its slots back, too
+            for writer, _ in under_way.values():
+                writer.close()
+            for engine in self.engines:
+                if engine.running:
+                    engine.deliver_to(None)
+            bar.close()
+        for writer in writers:
+            writer.trace.small_forward_tokens = writer.small.forwarded
+            writer.trace.big_forward_tokens = writer.big.forwarded
         return [writer.trace for writer in writers]
+
+    def raise_if_failed(self, traces: list[Trace]) -> None:
+        """For those who need every trace.
+
+        Raises:
+            SrlibError: one of `traces` ended with an error.
+        """
+        errors = [trace.error for trace in traces if trace.error]
+        if errors:
+            raise SrlibError(f"{self.policy.name}: {len(errors)} of {len(traces)} traces failed: {errors[0]}")
+
+    def _answers(self, stepping: list, answers: SimpleQueue[Request]) -> list[Request]:
+        """Requests that have been done: by a step of an engine, by those that run, or by both."""
+        # The engine with more to do goes first: requests to the other gather into fuller batches.
+        busiest = max(stepping, key=lambda engine: len(engine.pending), default=None)
+        done = busiest.step() if busiest is not None and busiest.pending else []
+        if len(stepping) < len(self.engines):
+            block = busiest is None or not (done or busiest.pending)
+            while True:
+                try:
+                    done.append(answers.get(block))
+                except Empty:
+                    break
+                block = False
+        return done
+
+    def _encode(self, prompt: str | list[int]) -> tuple[list[int], list[int]]:
+        """A prompt as each model is asked: text through the chat template of each."""
+        if not isinstance(prompt, str):
+            return list(prompt), list(prompt)
+        ids = [encode_prompt(engine.tokenizer, prompt + self.hint) for engine in self.engines]
+        return ids[0], ids[-1]
+
+
+def _beginnings(tokenizer, texts: tuple[str, ...]) -> frozenset[int]:
+    """Ids of the tokens that one of `texts` may begin with, with or without space before it."""
+    found = []
+    for i in range(len(tokenizer)):
+        piece = tokenizer.decode([i]).lstrip()
+        if piece and any(text.startswith(piece) or piece.startswith(text) for text in texts):
+            found.append(i)
+    return frozenset(found)
 
 
 def check_vocabularies(small, big) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from srlib import SrlibError, engine
-from srlib.engine import Request
+from srlib.engine import Request, Sampling
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import ModelSpec
 
@@ -39,7 +39,7 @@ def test_one_extend_decides_as_n_separate_passes(pair, engines, prompts):
     sequence = small.open([])
     small.run(Request(sequence, feed=prompt))
     before = small.counters.forward_tokens
-    (request,) = small.run(Request(sequence, feed=chunk, watch=watch))
+    (request,) = small.run(Request(sequence, feed=chunk, ask=len(chunk), watch=watch))
     assert small.counters.forward_tokens - before == len(chunk)
     for i in range(len(chunk)):
         with torch.no_grad():
@@ -52,7 +52,7 @@ def test_work_in_turns_processes_every_token_once(engines, prompts):
     small, _ = engines
     sequence = small.open([])
     (a,) = small.run(Request(sequence, feed=prompts[0], max_new=5))
-    (b,) = small.run(Request(sequence, feed=prompts[1]))
+    (b,) = small.run(Request(sequence, feed=prompts[1], ask=1))
     (c,) = small.run(Request(sequence, max_new=5))
     whole = prompts[0] + a.ids + prompts[1]
     (again,) = small.run(Request(small.open([]), feed=whole, max_new=5))
@@ -88,7 +88,7 @@ def test_sampling_is_seeded_by_sequence(engines, prompts):
     small, _ = engines
 
     def sample(seed, beside):
-        opened = [small.open([], temperature=1.0, top_p=0.9, seed=s) for s in (seed, *beside)]
+        opened = [small.open([], Sampling(1.0, 0.9, seed=s)) for s in (seed, *beside)]
         requests = small.run(*(Request(s, feed=prompts[0], max_new=16) for s in opened))
         for s in opened:
             small.close(s)
@@ -101,7 +101,7 @@ def test_greedy_is_the_limit_of_a_small_nucleus(engines, prompts):
     small, _ = engines
     greedy, narrow = small.run(
         Request(small.open([]), feed=prompts[2], max_new=12),
-        Request(small.open([], temperature=1.0, top_p=1e-6), feed=prompts[2], max_new=12),
+        Request(small.open([], Sampling(1.0, 1e-6)), feed=prompts[2], max_new=12),
     )
     assert greedy.ids == narrow.ids
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from srlib import SrlibError, arith, evaluate
-from srlib.offload import Learned
+from srlib.policies import Learned
 from srlib.params import Arith, Offload
 
 

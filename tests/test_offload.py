@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srlib import SrlibError, arith, spans
-from srlib.engine import Sequence
+from srlib.engine import GREEDY, Sequence
 from srlib.engine.transformers import TransformersEngine
-from srlib.offload import BIG, FORCED, SMALL, Always, Learned, Never, Offloader, Random
+from srlib.offload import BIG, FORCED, SMALL, Offloader
+from srlib.policies import Always, Learned, Never, Random
 from srlib.spans import Tags
 from tests.conftest import random_model
 
@@ -164,12 +165,14 @@ def test_vocabularies_must_agree(engines, tokenizer):
 class Scripted:
     """An engine that writes given ids: from `script`, whatever it reads; `own` answers an extend."""
 
+    running = False
+
     def __init__(self, tokenizer, script, own=lambda position: 5, context=10_000):
         self.tokenizer, self.script, self.own, self.context = tokenizer, script, own, context
         self.slots, self.eos, self.pending, self.read = 4, {EOS}, [], []
 
-    def open(self, ids, **sampling):
-        return Sequence(0, list(ids), 0.0, 1.0, 0)
+    def open(self, ids, sampling=GREEDY):
+        return Sequence(0, list(ids), sampling)
 
     def close(self, sequence):
         self.read.append(list(sequence.ids))
@@ -178,20 +181,26 @@ class Scripted:
         del sequence.ids[length:]
 
     def submit(self, request):
+        request.start = len(request.sequence.ids)
         request.sequence.ids += request.feed
         self.pending.append(request)
         return request
+
+    def cancel(self, request):
+        if request in self.pending:
+            self.pending.remove(request)
+        self.truncate(request.sequence, request.start)
 
     def step(self):
         done, self.pending = self.pending, []
         for request in done:
             ids = request.sequence.ids
-            request.own = [self.own(len(ids) - len(request.feed) + i + 1) for i in range(len(request.feed))]
-            request.watched = [0.0] * len(request.feed)
-            while len(request.ids) < request.max_new and not request.stopped:
+            request.own = [self.own(len(ids) - i) for i in range(request.ask)][::-1]
+            request.watched = [0.0] * request.ask
+            ended = not request.max_new
+            while not ended:
                 ids.append(self.script(len(ids)))
-                request.ids.append(ids[-1])
-                request.logprobs.append(0.0)
+                ended = request.add(ids[-1], 0.0, self.tokenizer)
         return done
 
 

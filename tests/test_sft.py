@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from srlib import SrlibError, arith, engine, offload, sft, spans
+from srlib import SrlibError, arith, engine, offload, policies, sft, spans
 from srlib.annotate import Annotated
 from srlib.params import ModelSpec, Sft
 from srlib.spans import Span
@@ -64,7 +64,7 @@ def test_tags_are_learnt_with_the_adapter(saved, tmp_path, tied):
 
     # loaded again, merged, it writes what it was taught, tags and all
     tuned = engine.load(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
-    (trace,) = offload.Offloader(tuned, None, offload.Never(), max_tokens=40).run(["2*3+1?"])
+    (trace,) = offload.Offloader(tuned, None, policies.Never(), max_tokens=40).run(["2*3+1?"])
     assert tuned.tokenizer.decode(trace.ids) == annotated(1)[0].tagged + "<|endoftext|>"
     assert spans.parse(trace.ids, trace.tags) == [(5, 6)]
     assert trace.finish == "eos" and not trace.malformed
@@ -84,7 +84,7 @@ def test_plain_tags(saved, tmp_path):
     tuned = engine.load(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
     assert len(tuned.tokenizer) == len(arith.tokenizer())
     big = engine.load(spec)
-    (trace,) = offload.Offloader(tuned, big, offload.Learned(), max_tokens=60, span_budget=2).run(["2*3+1?"])
+    (trace,) = offload.Offloader(tuned, big, policies.Learned(), max_tokens=60, span_budget=2).run(["2*3+1?"])
     assert "<bigmodel>" in tuned.tokenizer.decode(trace.ids)
     assert trace.big_tokens >= 1
 

@@ -14,8 +14,8 @@ What every engine has: `tokenizer`, `slots`, `context`, `eos`, `counters`, `runn
 
 A *stepping* engine (`running` is False) works when `step` is called, which returns the requests
 that are done. A *running* one (a server, a thread) works by itself and puts each done request
-into the queue given to `deliver_to`, so that one place can wait for several engines. While a
-request is under way only the engine touches its sequence; `cancel` takes it back: it is not
+into the queue given to `deliver_to`, so that one place can wait for several engines (None: no
+more). While a request is under way only the engine touches its sequence; `cancel` takes it back: it is not
 answered, and the sequence's ids are as they were before it.
 
 `load` makes an engine from a model's name or folder.
@@ -23,8 +23,11 @@ answered, and the sequence's ids are as they were before it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 from srlib import SrlibError
 from srlib.params import ModelSpec
@@ -44,6 +47,9 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0: all tokens
     seed: int = 0
+
+
+GREEDY = Sampling()
 
 
 @dataclass(eq=False)
@@ -76,32 +82,36 @@ class Request:
     max_new: int = 0
     stops: tuple[tuple[int, ...], ...] = ()
     stop_texts: tuple[str, ...] = ()  # ends when the text of the decoded ids holds one of these
+    recent: list[int] = field(default_factory=list)  # decoded just before: where a stop may have begun
     max_entropy: float | None = None  # in nats: ends before a token whose distribution has more
     ask: int = 0
     watch: int | None = None
 
+    start: int = 0  # length of the sequence before `feed`, set by `submit`
     ids: list[int] = field(default_factory=list)  # decoded
     logprobs: list[float] = field(default_factory=list)  # of each decoded id
     own: list[int] = field(default_factory=list)
     watched: list[float] = field(default_factory=list)
     stopped: tuple[int, ...] | str | None = None  # the stop the decoded ids end with
     unsure: bool = False  # ended by `max_entropy`
+    done: bool = False  # set by who waits for it
     error: SrlibError | None = None  # it failed; nothing above is of use, and the sequence is lost
 
     def add(self, token: int, logprob: float, tokenizer) -> bool:
         """Take a decoded token; returns whether the request ends with it."""
         self.ids.append(token)
         self.logprobs.append(logprob)
+        tail = [*self.recent, *self.ids][-STOP_TAIL:]
         for stop in self.stops:
-            if tuple(self.ids[-len(stop) :]) == stop:
+            if tuple(tail[-len(stop) :]) == stop:
                 self.stopped = stop
         if self.stop_texts:
-            tail = tokenizer.decode(self.ids[-STOP_TAIL:], skip_special_tokens=False)
+            tail = tokenizer.decode(tail)
             self.stopped = next((text for text in self.stop_texts if text in tail), self.stopped)
         return self.stopped is not None or len(self.ids) >= self.max_new
 
 
-STOP_TAIL = 16  # tokens in which a stop text is looked for
+STOP_TAIL = 16  # tokens in which a stop is looked for, more than one has
 
 
 @dataclass
@@ -115,6 +125,55 @@ class Counters:
     discarded_tokens: int = 0  # processed and then taken back
     calls: int = 0  # forward passes
     seconds: float = 0.0  # in which the engine was at work
+
+
+class Background:
+    """A stepping engine in a thread of its own, so that two models on two devices work at the same time."""
+
+    running = True
+
+    def __init__(self, engine) -> None:
+        self._engine = engine
+        self._orders: SimpleQueue[tuple[Callable, tuple] | None] = SimpleQueue()
+
+    def __getattr__(self, name: str):
+        return getattr(self._engine, name)
+
+    def deliver_to(self, answers: SimpleQueue[Request] | None) -> None:
+        """Work, and put each request that is done into `answers`; None: stop working."""
+        if answers is None:
+            self._orders.put(None)
+        else:
+            Thread(target=self._work, args=(answers,), daemon=True).start()
+
+    def submit(self, request: Request) -> Request:
+        self._orders.put((self._engine.submit, (request,)))
+        return request
+
+    def cancel(self, request: Request) -> None:
+        self._orders.put((self._engine.cancel, (request,)))
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        self._orders.put((self._engine.truncate, (sequence, length)))
+
+    def close(self, sequence: Sequence) -> None:
+        self._orders.put((self._engine.close, (sequence,)))
+
+    def _work(self, answers: SimpleQueue[Request]) -> None:
+        while True:
+            while not self._engine.pending or not self._orders.empty():
+                order = self._orders.get()
+                if order is None:
+                    return
+                order[0](*order[1])
+            try:
+                done = self._engine.step()
+            except Exception as error:  # such as a device out of memory: the traces end, and say why
+                done, self._engine.pending = self._engine.pending, []
+                for request in done:
+                    request.error = SrlibError(f"{type(error).__name__} while a model was at work: {error}")
+            for request in done:
+                answers.put(request)
 
 
 def load(spec: ModelSpec | str | Path, slots: int = 64):

@@ -1,125 +1,174 @@
 """The engine on transformers: CPU or one GPU, ragged batches over a slot cache.
 
-Every open sequence owns a slot of pre-allocated keys and values. A step gathers what is
-waiting, whatever its length or age, into one forward pass for the sequences with a single new
-token and one for those with more, so that each token is processed once and decoding is not
-padded to the length of a prompt that came in beside it.
+Every open sequence owns a slot of pre-allocated keys and values. A step packs what is waiting,
+whatever its length or age, into one row of tokens without padding and does one forward pass.
+Only attention sees sequences: those with about as many new tokens share a call, which reads
+the keys and values where they lie.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable
+from hashlib import blake2b
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from srlib import SrlibError
-from srlib.engine import Counters, Request, Sequence, check
+from srlib.engine import GREEDY, Counters, Request, Sampling, Sequence, check
 from srlib.params import ModelSpec
 
-
-@dataclass
-class _Where:
-    """Where the forward pass under way reads and writes the slots."""
-
-    slots: torch.Tensor | slice  # (B,)
-    rows: torch.Tensor  # (N,) slot of each new token
-    positions: torch.Tensor  # (N,) position of each new token
-    real: torch.Tensor | None  # (B, T) which of the inputs are tokens and not padding; None: all
-    length: int  # S, the longest row
+ATTENTION = "srlib_slots"
 
 
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, (slots, heads, length, head size)."""
+class _Group:
+    """Sequences of a forward pass that attend in one call, padded to the longest of them."""
 
-    is_sliding = False
+    def __init__(self, sequences: list[tuple[Sequence, int]], heads_per_key: int, device, dtype) -> None:
+        """Args: sequences: each with the place of its first new token among the packed ones, ordered by slot."""
+        slots = [s.slot for s, _ in sequences]
+        new = [len(s.ids) - s.processed for s, _ in sequences]
+        self.length = max(len(s.ids) for s, _ in sequences)  # S
+        width = max(new)  # T
+        # Most slots of a stretch: it is read in place, idle slots and all. Few: theirs are copied.
+        whole = 2 * len(slots) > slots[-1] - slots[0]
+        rows = [slot - slots[0] for slot in slots] if whole else list(range(len(slots)))
+        self.slots = slice(slots[0], slots[-1] + 1) if whole else torch.tensor(slots, device=device)
+        self.shape = (rows[-1] + 1, width)  # B, T
+
+        def each(values: Iterable[Iterable[int]]) -> torch.Tensor:
+            return torch.tensor([v for vs in values for v in vs], device=device)
+
+        self.tokens = each(range(at, at + n) for (_, at), n in zip(sequences, new))  # (n,) in the packed row
+        self.rows = each([row] * n for row, n in zip(rows, new))  # (n,) in the padded batch
+        self.columns = each(range(n) for n in new)  # (n,)
+        start = torch.zeros(self.shape[0], dtype=torch.long, device=device)
+        start[rows] = torch.tensor([s.processed for s, _ in sequences], device=device)
+        last = start[:, None] + torch.arange(width, device=device)  # (B, T) position of each query
+        seen = torch.arange(self.length, device=device) <= last[..., None]  # (B, T, S)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+        self.mask = mask[:, None].repeat(1, 1, heads_per_key if width > 1 else 1, 1)  # (B, 1, G·T or 1, S)
+
+
+class _Slots(Cache):
+    """Keys and values of every layer, (slots, heads, length, head size)."""
 
     def __init__(self, slots: int) -> None:
-        super().__init__()
-        self.slots, self.length, self.where = slots, 0, None
+        super().__init__(layers=[])
+        self.slots, self.length = slots, 0
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.rows = self.positions = None  # (N,) slot and position of each token of the pass under way
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values = (
-            x.new_zeros(self.slots, x.shape[1], 0, x.shape[3]) for x in (key_states, value_states)
-        )
-        self.is_initialized = True
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of `length` ids."""
+        if length > self.length:
+            self.length = max(64, 2 * self.length, length)
+            for store in (self.keys, self.values):
+                for layer, x in store.items():
+                    store[layer] = x.new_zeros(*x.shape[:2], self.length, x.shape[3])
+                    store[layer][:, :, : x.shape[2]] = x
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        where = self.where
-        if where.length > self.length:
-            self.length = max(64, 2 * self.length, where.length)
-            self.keys, self.values = (
-                torch.cat([x, x.new_zeros(*x.shape[:2], self.length - x.shape[2], x.shape[3])], 2)
-                for x in (self.keys, self.values)
-            )
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         answers = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
-            new = new.transpose(1, 2)  # (B, T, heads, head size)
-            store[where.rows, :, where.positions] = new.flatten(0, 1) if where.real is None else new[where.real]
-            answers.append(store[where.slots, :, : where.length])  # (B, heads, S, head size)
+            if layer_idx not in store:
+                store[layer_idx] = new.new_zeros(self.slots, new.shape[1], self.length, new.shape[3])
+            store[layer_idx][self.rows, :, self.positions] = new[0].transpose(0, 1)  # (N, heads, head size)
+            answers.append(store[layer_idx])
         return tuple(answers)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.where.length, 0
 
-    def get_seq_length(self) -> int:
-        return self.where.length if self.where else 0
+def _attend(module, query, key, value, attention_mask, scaling=None, groups: list[_Group] | None = None, **kwargs):
+    """Attention over the slots: query (1, H, N, D); key and value are the stores. Without `groups` it is SDPA."""
+    if groups is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    heads, size, keys = query.shape[1], query.shape[3], key.shape[1]  # H, D, K; H = K·G
+    packed = query[0].transpose(0, 1)  # (N, H, D)
+    out = torch.empty_like(packed)
+    for group in groups:
+        batch, width = group.shape
+        q = packed.new_zeros(batch, width, heads, size)
+        q[group.rows, group.columns] = packed[group.tokens]
+        # The heads that share a key stand beside each other as queries, so that keys are not repeated.
+        q = q.view(batch, width, keys, -1, size).permute(0, 2, 3, 1, 4).reshape(batch, keys, -1, size)
+        k, v = (x[group.slots, :, : group.length] for x in (key, value))
+        o = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)  # (B, K, G·T, D)
+        o = o.view(batch, keys, -1, width, size).permute(0, 3, 1, 2, 4).reshape(batch, width, heads, size)
+        out[group.tokens] = o[group.rows, group.columns]
+    return out[None], None
 
-    def get_max_length(self) -> int:
-        return -1
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class TransformersEngine:
-    """A causal language model with a KV cache for each open sequence.
+    """A causal language model with a KV cache for each open sequence; it works in steps.
 
     Args:
         model: any decoder with rotary positions and full attention; may be a live PEFT model.
         tokenizer: kept for callers; the engine itself deals in ids.
         slots: how many sequences can be open at the same time.
+        context: longest sequence; None: the model's own.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, slots: int = 64) -> None:
+    running = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        slots: int = 64,
+        context: int | None = None,
+    ) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if self.model.config._attn_implementation != ATTENTION:
+            self.model.set_attn_implementation(ATTENTION)
         self.tokenizer = tokenizer
         self.slots = slots
-        self.context = self.model.config.max_position_embeddings
-        eos = self.model.generation_config.eos_token_id
-        eos = eos if isinstance(eos, list) else [eos]
-        self.eos = frozenset(i for i in (*eos, tokenizer.eos_token_id) if i is not None)
+        config = self.model.config
+        self.context = min(context or config.max_position_embeddings, config.max_position_embeddings)
+        self.eos = eos_of(self.model.generation_config, tokenizer)
         self.counters = Counters()
         self.pending: list[Request] = []
         self._free = list(range(slots))[::-1]
-        self._layers = [_SlotLayer(slots) for _ in range(self.model.config.num_hidden_layers)]
-        self._cache = Cache(layers=self._layers)
+        self._cache = _Slots(slots)
+        self._heads_per_key = config.num_attention_heads // config.num_key_value_heads
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def open(self, ids: list[int], temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Sequence:
-        """Give a sequence a slot; nothing is computed yet. Temperature 0 is greedy.
+    def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
+        """Give a sequence a slot; nothing is computed yet.
 
         Raises:
             RuntimeError: all slots are taken.
         """
         if not self._free:
             raise RuntimeError(f"all {self.slots} slots are taken; close a sequence first")
-        return Sequence(self._free.pop(), list(ids), temperature, top_p, seed)
+        return Sequence(self._free.pop(), list(ids), sampling)
 
     def close(self, sequence: Sequence) -> None:
-        """Give the slot back."""
+        """Give the slot back; what was asked for the sequence is forgotten."""
+        self.pending = [r for r in self.pending if r.sequence is not sequence]
         self._free.append(sequence.slot)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
@@ -130,9 +179,16 @@ class TransformersEngine:
 
     def submit(self, request: Request) -> Request:
         """Ask for work; it is done in later steps."""
+        request.start = len(request.sequence.ids)
         request.sequence.ids += request.feed
         self.pending.append(request)
         return request
+
+    def cancel(self, request: Request) -> None:
+        """Take a request back: it is not answered, and the sequence is as it was before it."""
+        if request in self.pending:
+            self.pending.remove(request)
+        self.truncate(request.sequence, request.start)
 
     def run(self, *requests: Request) -> list[Request]:
         """Submit and step until all of `requests` are done."""
@@ -145,21 +201,17 @@ class TransformersEngine:
     def step(self) -> list[Request]:
         """One token further for every pending request; returns those that are done."""
         start = time.perf_counter()
-        for request in self.pending:
+        writing = [r for r in self.pending if r.max_new]
+        for request in writing:
             sequence = request.sequence
-            if request.max_new and sequence.processed == len(sequence.ids) and sequence.logits is None:
+            if sequence.processed == len(sequence.ids) and sequence.logits is None:
                 self._uncache(sequence, sequence.processed - 1)  # its last id is read again, for the logits
-        behind = [len(r.sequence.ids) - r.sequence.processed for r in self.pending]
-        for batch in (
-            [r for r, n in zip(self.pending, behind) if n == 1],
-            [r for r, n in zip(self.pending, behind) if n > 1],
-        ):
-            if batch:
-                self._forward(sorted(batch, key=lambda r: r.sequence.slot))
-        self._sample([r for r in self.pending if r.max_new])
-        done = [r for r in self.pending if len(r.ids) >= r.max_new or r.stopped]
-        finished = set(done)
-        self.pending = [r for r in self.pending if r not in finished]
+        behind = {id(s): s for s in (r.sequence for r in self.pending) if s.processed < len(s.ids)}
+        if behind:
+            self._forward(sorted(behind.values(), key=lambda s: s.slot))
+        ended = self._write(writing)
+        done = [r for r in self.pending if not r.max_new or r in ended]
+        self.pending = [r for r in self.pending if r.max_new and r not in ended]
         self.counters.seconds += time.perf_counter() - start
         return done
 
@@ -181,89 +233,115 @@ class TransformersEngine:
         self.counters.discarded_tokens += sequence.processed - length
         sequence.processed, sequence.logits = length, None
 
-    def _forward(self, batch: list[Request]) -> None:
-        """Process all unprocessed ids of `batch`; leaves the last logits with each sequence."""
-        sequences = [r.sequence for r in batch]
-        new = [s.ids[s.processed :] for s in sequences]
-        width = max(map(len, new))  # T
-        ids = torch.tensor([x + [0] * (width - len(x)) for x in new], device=self.device)  # (B, T)
-        start = torch.tensor([s.processed for s in sequences], device=self.device)  # (B,)
-        positions = start[:, None] + torch.arange(width, device=self.device)  # (B, T)
-        slots = torch.tensor([s.slot for s in sequences], device=self.device)  # (B,)
-        counts = torch.tensor([len(x) for x in new], device=self.device)
-        real = None if width == 1 else torch.arange(width, device=self.device) < counts[:, None]  # (B, T)
-        rows = slots[:, None].expand_as(positions)
-        length = max(len(s.ids) for s in sequences)  # S
-        first, last = sequences[0].slot, sequences[-1].slot
-        where = _Where(
-            # neighbouring slots are read in place, others are gathered
-            slots=slice(first, last + 1) if last - first + 1 == len(sequences) else slots,
-            rows=rows.flatten() if real is None else rows[real],
-            positions=positions.flatten() if real is None else positions[real],
-            real=real,
-            length=length,
-        )
-        for layer in self._layers:
-            layer.where = where
-        mask = torch.arange(length, device=self.device) <= positions[:, :, None]  # (B, T, S)
+    def _forward(self, sequences: list[Sequence]) -> None:
+        """Process all unprocessed ids of `sequences`; leaves the last logits with each, and answers `ask`."""
+        device, dtype = self.device, self.model.dtype
+        asking: dict[int, Request] = {id(r.sequence): r for r in self.pending if r.ask}
+        by_width: dict[int, list[tuple[Sequence, int]]] = defaultdict(list)
+        ids, rows, positions, wanted = [], [], [], []
+        for s in sequences:
+            new = s.ids[s.processed :]
+            by_width[len(new).bit_length()].append((s, len(ids)))
+            ids += new
+            rows += [s.slot] * len(new)
+            positions += range(s.processed, len(s.ids))
+            # Logits only where they are used: at the places asked for, else at the last one.
+            wanted += range(len(ids) - (asking[id(s)].ask if id(s) in asking else 1), len(ids))
+        cache = self._cache
+        cache.rows, cache.positions = torch.tensor(rows, device=device), torch.tensor(positions, device=device)
+        cache.reserve(max(len(s.ids) for s in sequences))
         hidden = self.model.get_decoder()(
-            input_ids=ids,
-            attention_mask=mask[:, None],
-            position_ids=positions,
-            past_key_values=self._cache,
+            input_ids=torch.tensor([ids], device=device),
+            attention_mask=torch.empty(1, 1, 1, 1, device=device),  # stands for "made already": see _Group
+            position_ids=cache.positions[None],
+            past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state  # (B, T, D)
-        # Logits only where they are used: at fed positions of an extend, else at the last one.
-        wanted = [
-            (row, column)
-            for row, (request, x) in enumerate(zip(batch, new))
-            for column in range(len(x) - max(1, 0 if request.max_new else len(request.feed)), len(x))
-        ]
-        row, column = torch.tensor(wanted, device=self.device).T
-        logits = self.model.get_output_embeddings()(hidden[row, column]).float()  # (N, V)
-        self.counters.calls += 1
+            groups=[_Group(members, self._heads_per_key, device, dtype) for members in by_width.values()],
+        ).last_hidden_state  # (1, N, E)
+        logits = self.model.get_output_embeddings()(hidden[0, wanted]).float()  # (W, V)
         at = 0
-        for request, x in zip(batch, new):
-            sequence, asked = request.sequence, 0 if request.max_new else len(request.feed)
-            here = logits[at : at + max(1, asked)]
-            at += max(1, asked)
-            sequence.processed, sequence.logits = len(sequence.ids), here[-1]
-            sequence.forwarded += len(x)
-            self.counters.forward_tokens += len(x)
-            if asked:
-                request.own = [self._draw(sequence, line) for line in here]
+        for s in sequences:
+            request = asking.get(id(s))
+            here = logits[at : at + (request.ask if request else 1)]
+            at += len(here)
+            new = len(s.ids) - s.processed
+            self.counters.prefilled_tokens += new if new > 1 else 0
+            self.counters.reread_tokens += max(0, min(s.longest, len(s.ids)) - s.processed)
+            s.forwarded += new
+            s.processed, s.logits = len(s.ids), here[-1]
+            s.longest = max(s.longest, s.processed)
+            if request:
+                first = len(s.ids) - len(here) + 1
+                request.own, _ = draw(here, [(s.sampling, first + i) for i in range(len(here))])
                 if request.watch is not None:
-                    scale = sequence.temperature or 1.0
-                    request.watched = (here / scale).log_softmax(-1)[:, request.watch].tolist()
+                    scaled = here / (s.sampling.temperature or 1.0)
+                    request.watched = scaled.log_softmax(-1)[:, request.watch].tolist()
+        self.counters.forward_tokens += len(ids)
+        self.counters.calls += 1
 
-    def _sample(self, requests: list[Request]) -> None:
-        """Write the next id of each request."""
+    def _write(self, requests: list[Request]) -> set[Request]:
+        """Write the next id of each request; returns those that end."""
+        ended: set[Request] = set()
         if not requests:
-            return
+            return ended
         logits = torch.stack([r.sequence.logits for r in requests])  # (R, V)
-        scale = torch.tensor([r.sequence.temperature or 1.0 for r in requests], device=logits.device)
-        logprobs = (logits / scale[:, None]).log_softmax(-1)
-        chosen = logits.argmax(-1).tolist()
-        for i, request in enumerate(requests):
-            if request.sequence.temperature:
-                chosen[i] = self._draw(request.sequence, logits[i])
+        chosen, logprobs = draw(logits, [(r.sequence.sampling, len(r.sequence.ids)) for r in requests])
         picked = logprobs[range(len(chosen)), chosen].tolist()
-        self.counters.decoded_tokens += len(requests)
-        for request, token, logprob in zip(requests, chosen, picked):
-            request.sequence.ids.append(token)
-            request.ids.append(token)
-            request.logprobs.append(logprob)
+        entropies = None
+        if any(r.max_entropy is not None for r in requests):
+            entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist()  # nats
+        for i, request in enumerate(requests):
+            if request.max_entropy is not None and entropies[i] > request.max_entropy:
+                request.unsure = True
+                ended.add(request)
+                continue
+            self.counters.decoded_tokens += 1
+            request.sequence.ids.append(chosen[i])
+            if request.add(chosen[i], picked[i], self.tokenizer):
+                ended.add(request)
+        return ended
 
-    def _draw(self, sequence: Sequence, logits: torch.Tensor) -> int:
-        """The next id of one sequence from its logits (V,), with the sequence's own random state."""
-        if not sequence.temperature:
-            return int(logits.argmax())
-        if sequence.generator is None:
-            sequence.generator = torch.Generator(logits.device).manual_seed(sequence.seed)
-        scores = logits[None] / sequence.temperature
-        if sequence.top_p < 1:
-            scores = TopPLogitsWarper(sequence.top_p)(None, scores)
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=sequence.generator))
+
+def draw(logits: torch.Tensor, at: list[tuple[Sampling, int]]) -> tuple[list[int], torch.Tensor]:
+    """The next id for each row of logits (N, V), and log-probabilities (N, V) at each row's temperature.
+
+    By inverse transform of a number in [0, 1) that is made of the seed and the position.
+
+    Args:
+        at: for each row how it is sampled, and the position of the id that is drawn.
+    """
+    temperatures = torch.tensor([s.temperature or 1.0 for s, _ in at], device=logits.device)
+    logprobs = (logits / temperatures[:, None]).log_softmax(-1)
+    chosen = logits.argmax(-1).tolist()
+    alike: dict[tuple[float, int], list[int]] = defaultdict(list)
+    for row, (sampling, _) in enumerate(at):
+        if sampling.temperature:
+            alike[sampling.top_p, sampling.top_k].append(row)
+    for (top_p, top_k), rows in alike.items():
+        scores = logprobs[rows]
+        if top_k:
+            scores = TopKLogitsWarper(top_k)(None, scores)
+        if top_p < 1:
+            scores = TopPLogitsWarper(top_p)(None, scores)
+        heights = scores.softmax(-1).double().cumsum(-1)
+        drawn = torch.tensor([[uniform(at[row][0].seed, at[row][1])] for row in rows], dtype=torch.double)
+        picked = torch.searchsorted(heights, drawn.to(heights.device) * heights[:, -1:], right=True)
+        for row, token in zip(rows, picked.squeeze(-1).tolist()):
+            chosen[row] = min(token, logits.shape[1] - 1)
+    return chosen, logprobs
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that seed and position decide."""
+    digest = blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest) >> 11) / 2**53
+
+
+def eos_of(generation_config, tokenizer) -> frozenset[int]:
+    """The ids that end a text."""
+    eos = generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    return frozenset(i for i in (*eos, tokenizer.eos_token_id) if i is not None)
 
 
 def device_of(spec: ModelSpec) -> str:
@@ -284,8 +362,8 @@ def dtype_of(spec: ModelSpec) -> torch.dtype:
     return torch.float32 if device_of(spec) == "cpu" else torch.bfloat16
 
 
-def load_model(spec: ModelSpec, merge: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a spec; an adapter is merged or left trainable, and brings its tokenizer with the tags.
+def load_model(spec: ModelSpec, trainable: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a spec; an adapter is merged, laid beside or left trainable, and brings its tokenizer.
 
     On quantised weights an adapter is never merged: to round it into four bits would undo it.
 
@@ -310,8 +388,9 @@ def load_model(spec: ModelSpec, merge: bool = True) -> tuple[PreTrainedModel, Pr
         from peft import PeftModel
 
         fit_embeddings(model, tokenizer)
-        model = PeftModel.from_pretrained(model, spec.adapter, is_trainable=not merge)
-        model = model.merge_and_unload() if merge and spec.quantization == "none" else model
+        model = PeftModel.from_pretrained(model, spec.adapter, is_trainable=trainable)
+        if spec.merge and not trainable and spec.quantization == "none":
+            model = model.merge_and_unload()
     return model.eval(), tokenizer
 
 
@@ -337,4 +416,4 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 def load(spec: ModelSpec, slots: int) -> TransformersEngine:
     """See `srlib.engine.load`."""
-    return TransformersEngine(*load_model(spec), slots)
+    return TransformersEngine(*load_model(spec), slots, spec.context)

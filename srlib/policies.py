@@ -1,0 +1,132 @@
+"""Policies: who writes what of a trace.
+
+A policy's `write` is a generator, made of the methods of a `srlib.offload.Writer`. Trained
+policies read the small model's tags; the baselines need no training.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator
+from dataclasses import dataclass
+from math import floor
+from typing import TYPE_CHECKING, Protocol
+
+from srlib import spans
+
+if TYPE_CHECKING:
+    from srlib.engine import Request
+    from srlib.offload import Writer
+
+Steps = Generator["Request", None, None]
+
+
+class Policy(Protocol):
+    """Decides who writes."""
+
+    name: str
+
+    def write(self, writer: Writer) -> Steps: ...
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The small model asks with `<bigmodel>`, as it was trained to.
+
+    A request that is refused stays in the trace, and the small model writes the span itself.
+
+    Args:
+        reject: probability with which a request is refused; over 0 … 1 this is the whole curve of
+            accuracy against share from one model (1: offloading switched off).
+        max_share: most of the text so far that may be the big model's, in tokens; a span ends
+            where it would go beyond, and one that could not have a single token is refused.
+    """
+
+    reject: float = 0.0
+    max_share: float = 1.0
+    name: str = "learned"
+
+    def write(self, writer: Writer) -> Steps:
+        rng = random.Random(writer.seed)
+        while not writer.done:
+            tag = yield from writer.small_writes(writer.left, tags=True)
+            if tag != spans.OPEN or writer.done or rng.random() < self.reject:
+                continue
+            budget = self._allowed(writer)
+            if budget is None or budget >= 1:
+                yield from writer.span(budget)
+
+    def _allowed(self, writer: Writer) -> int | None:
+        """Big tokens that keep the share: (b + n) / (t + n) ≤ c, so n ≤ (c·t − b) / (1 − c). None: no limit."""
+        if self.max_share >= 1:
+            return None
+        big = writer.trace.big_tokens
+        text = big + writer.trace.small_tokens
+        return floor((self.max_share * text - big) / (1 - self.max_share) + 1e-9)
+
+
+@dataclass(frozen=True)
+class Never:
+    """The small model alone; if it writes tags, it also writes what is between them."""
+
+    name: str = "never"
+
+    def write(self, writer: Writer) -> Steps:
+        yield from writer.small_writes(writer.left)
+
+
+@dataclass(frozen=True)
+class Always:
+    """The big model alone."""
+
+    name: str = "always"
+
+    def write(self, writer: Writer) -> Steps:
+        yield from writer.big_writes(writer.left)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Chunks of `chunk` tokens, each the big model's with probability `share`; the baseline of the paper."""
+
+    share: float
+    chunk: int = 4
+    name: str = "random"
+
+    def write(self, writer: Writer) -> Steps:
+        rng = random.Random(writer.seed)
+        while not writer.done:
+            if rng.random() >= self.share:
+                yield from writer.small_writes(self.chunk)
+            else:
+                yield from writer.big_writes(self.chunk)
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Where the small model's next token has more than `threshold` nats of entropy, the big one writes `chunk` tokens."""
+
+    threshold: float
+    chunk: int = 4
+    name: str = "entropy"
+
+    def write(self, writer: Writer) -> Steps:
+        while not writer.done:
+            stop = yield from writer.small_writes(writer.left, max_entropy=self.threshold)
+            if stop == "unsure":
+                yield from writer.big_writes(self.chunk)
+
+
+@dataclass(frozen=True)
+class Speculative:
+    """The small model drafts `draft` tokens, the big one checks them in one pass: the text of the big model alone.
+
+    A token of the draft that is kept counts as the small model's.
+    """
+
+    draft: int = 4
+    name: str = "speculative"
+
+    def write(self, writer: Writer) -> Steps:
+        while not writer.done:
+            yield from writer.draft(self.draft)
