@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from tqdm.auto import tqdm
 
 from srlib import SrlibError, spans
-from srlib.offload import check_vocabularies
 from srlib.params import Annotate
 from srlib.problems import Problem, encode_prompt
 from srlib.spans import Span
@@ -122,3 +121,18 @@ def numbers(text: str, offsets: Sequence[tuple[int, int]]) -> list[Span]:
         if at > start:
             found.append(Span(start, at))
     return found
+
+
+def check_vocabularies(small, big) -> None:
+    """Two tokenizers must agree on every id of the big one.
+
+    Raises:
+        SrlibError: they do not.
+    """
+    ours, theirs = small.get_vocab(), big.get_vocab()
+    differing = [token for token, i in theirs.items() if ours.get(token) != i]
+    if differing:
+        raise SrlibError(
+            f"The two models do not share a vocabulary: {len(differing)} tokens of the big one differ, "
+            f"such as {differing[0]!r}. Choose two models of one family."
+        )

@@ -5,6 +5,9 @@ read yet and never a tag. After every chunk of the big model's tokens the small 
 and where its own next token would be `</bigmodel>` it takes control back: the decision falls
 out of the forward pass that it needs anyway. So each model processes every token once.
 
+Models of two vocabularies meet in text (see `translate`): the trace is in ids of the small one, and
+tokens are counted there.
+
 Tags that are plain text are looked for in the text, so that it does not matter how the small
 model cuts them into tokens; in the trace they stand as the tokenizer writes them alone.
 
@@ -35,12 +38,14 @@ from tqdm.auto import tqdm
 
 from srlib import SrlibError, spans
 from srlib.engine import STOP_TAIL, Background, Request, Sampling
-from srlib.policies import Policy
+from srlib.policies import Policy, Speculative
 from srlib.problems import encode_prompt
 from srlib.spans import Tags
+from srlib.translate import Bridge
 
 SMALL, BIG, FORCED = 0, 1, 2  # who wrote a token; FORCED: put in by the controller
 NAN = float("nan")
+GATHER = 0.2  # of the requests that wait: an engine with fewer lets them gather into fuller batches
 Steps = Generator[Request, None, None]  # what is waited for, until it is done
 
 
@@ -169,6 +174,7 @@ class Writer:
             if engine is not None
         ]
         self.room = min(offloader.max_tokens, *rooms)
+        self.to_big, self.to_small = offloader.bridge.start()
         self._shown = 0  # the big model has been given the trace up to here, as far as the small one wrote it
         if self.room <= 0:
             self.trace.finish = "prompt"
@@ -215,21 +221,22 @@ class Writer:
             if request.stopped or request.unsure or len(self.trace.ids) >= end:
                 break
             if o.big is not None:  # it reads along, but for what may be the beginning of a tag
-                self.big.unread += self._unshown(start, STOP_TAIL if tags and o.plain_tags else 0)
+                self._show(start, STOP_TAIL if tags and o.plain_tags else 0)
                 self.big.read()
         tag = None
         if isinstance(request.stopped, str):
             tag = self._settle(request.stopped)
         elif request.stopped in o.tag_ids:
             tag = o.tag_texts[o.tag_ids.index(request.stopped)]
-        self.big.unread += self._unshown(start, len(o.tag_ids[o.tag_texts.index(tag)]) if tag else 0)
         self._end_if(request.stopped in eos)
+        if not self.done:
+            self._show(start, len(o.tag_ids[o.tag_texts.index(tag)]) if tag else 0, last=True)
         return tag or ("unsure" if request.unsure else None)
 
     def big_writes(self, n: int) -> Steps:
         """Up to `n` tokens by the big model."""
         start, began = len(self.trace.ids), self.o.clock()
-        ended = yield from self._big_chunk(self._start_big(n))
+        ended = yield from self._big_chunk(self._start_big(n), last=True)
         self._end_if(ended)
         self._handover(start, len(self.trace.ids), self.trace.finish or "chunk", began)
 
@@ -258,6 +265,8 @@ class Writer:
             closed_by = self.trace.finish or ("budget" if left <= 0 else "")
             if not closed_by:
                 request = ahead or self._start_big(left)
+        if closed_by == "budget" and self.to_small.held:
+            self._take_back_big(n)
         end = len(self.trace.ids) - tag
         if closed_by == "budget":
             close = list(self.trace.tags.close)[: self.left]
@@ -277,8 +286,12 @@ class Writer:
         asked = min(n, self.left - 1)
         drafted: list[int] = []
         if asked:
-            request = yield from self.small.request(max_new=asked, stops=eos)
-            drafted = request.ids
+            tags = () if self.o.plain_tags else self.o.tag_ids  # the big model does not know them
+            request = yield from self.small.request(max_new=asked, stops=(*eos, *tags))
+            tag = len(request.stopped) if request.stopped in tags else 0
+            drafted = request.ids[: len(request.ids) - tag]
+            if tag:
+                self.small.take_back(tag)
         began = self.o.clock()
         self.big.unread += drafted
         answer = yield from self.big.request(ask=len(drafted) + 1)
@@ -302,12 +315,27 @@ class Writer:
     def _start_big(self, n: int) -> Request:
         return self.big.start(max_new=min(n, self.left), stops=self.o.eos(self.big))
 
-    def _big_chunk(self, request: Request) -> Generator[Request, None, bool]:
+    def _big_chunk(self, request: Request, last: bool = False) -> Generator[Request, None, bool]:
         """What `request` has the big model write; returns whether the text ended."""
         yield from self.big.wait(request)
-        self._append(request.ids, BIG, request.logprobs)
-        self.small.unread += request.ids
-        return request.stopped is not None
+        ended, same = request.stopped is not None, self.o.bridge.same
+        written = request.ids if same or not ended else request.ids[:-1]
+        ids = self.to_small.feed(written, last or ended)
+        if len(ids) > self.left:  # the small model writes it in more tokens
+            self._take_back_big(self.left)
+            ids = ids[: self.left]
+        if ended and not same:
+            ids = ([*ids, self.o.tokenizer.eos_token_id])[-self.left :]
+        self._append(ids, BIG, request.logprobs if same else [NAN] * len(ids))
+        self.small.unread += ids
+        return ended
+
+    def _take_back_big(self, kept: int) -> None:
+        """Of what the big model's last chunk is to the small one, only the first `kept` ids stay."""
+        taken, again = self.to_small.rewind(kept)
+        if taken:
+            self.big.take_back(taken)
+        self.big.unread += again
 
     def _close_if_wanted(self, n: int, asked: int, ahead: Request | None) -> Generator[Request, None, int]:
         """The small model reads the last `n` tokens: would it close the span after one of the first `asked`?
@@ -329,9 +357,9 @@ class Writer:
                 return 0
         if ahead is not None:
             self.big.engine.cancel(ahead)
+        self._take_back_big(place + 1)
         if extra := n - place - 1:
             self.small.take_back(extra)
-            self.big.take_back(extra)
             self._drop(extra)
         if tries is None:
             self._append(list(close), SMALL, [request.watched[place]])
@@ -363,11 +391,13 @@ class Writer:
             self.small.unread += again
         return tag
 
-    def _unshown(self, start: int, but: int) -> list[int]:
-        """What the small model has written since `start` and the big one has not been shown, but the last `but`."""
+    def _show(self, start: int, but: int, last: bool = False) -> None:
+        """The big model gets to read what the small one has written since `start`, but for the last `but` ids."""
         fresh = self.trace.ids[max(start, self._shown) : len(self.trace.ids) - but]
         self._shown = max(start, self._shown) + len(fresh)
-        return fresh
+        if not self.o.plain_tags:
+            fresh = spans.strip(fresh, self.trace.tags)
+        self.big.unread += self.to_big.feed(fresh, last)
 
     def _drop(self, tokens: int) -> None:
         for column in (self.trace.ids, self.trace.owners, self.trace.logprobs):
@@ -414,7 +444,7 @@ class Offloader:
         seed: with the prompt, it fixes a trace, whatever is written beside it.
 
     Raises:
-        SrlibError: the two models do not share a vocabulary.
+        SrlibError: the vocabularies differ, and one of them cannot write every text, or the policy needs one.
     """
 
     def __init__(
@@ -459,12 +489,18 @@ class Offloader:
         if self.plain_tags:
             self.control_chunk = 1
             self.may_close = _beginnings(self.tokenizer, self.tag_texts[1:])
-        if len(self.engines) == 2:
-            check_vocabularies(small.tokenizer, big.tokenizer)
+        self.bridge = Bridge(self.tokenizer, self.engines[-1].tokenizer)
+        if isinstance(policy, Speculative) and not self.bridge.same:
+            raise SrlibError("Speculative decoding needs two models of one vocabulary; these have different ones.")
 
     def eos(self, side: _Side) -> tuple[tuple[int], ...]:
         """End-of-text ids of one side, as stops."""
         return tuple((i,) for i in side.engine.eos)
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether its engines can work at the same time."""
+        return any(engine.running for engine in self.engines)
 
     def clock(self) -> float:
         """Seconds since the run started."""
@@ -473,9 +509,10 @@ class Offloader:
     def run(self, prompts: Iterable[str | list[int]], progress: bool = False) -> list[Trace]:
         """Write one trace for each prompt, text or ids, `batch_size` at a time.
 
-        A prompt given k times is written with k different seeds.
+        A prompt given k times is written with k different seeds. `controller_seconds` are those
+        in which no engine was waited for.
         """
-        self._start = time.perf_counter()
+        self._start, waited = time.perf_counter(), 0.0
         times_seen: Counter[tuple[int, ...]] = Counter()
         writers = []
         for prompt in prompts:
@@ -512,7 +549,10 @@ class Offloader:
                 while waiting and len(under_way) < self.batch_size:
                     writer = waiting.popleft()
                     advance(writer, iter(()) if writer.done else self.policy.write(writer))
-                for request in self._answers(stepping, answers) if under_way else ():
+                asked = time.perf_counter()
+                done = self._answers(stepping, answers) if under_way else []
+                waited += time.perf_counter() - asked
+                for request in done:
                     request.done = True
                     if request in under_way:  # else nobody waits for it
                         advance(*under_way.pop(request))
@@ -526,6 +566,7 @@ class Offloader:
         for writer in writers:
             writer.trace.small_forward_tokens = writer.small.forwarded
             writer.trace.big_forward_tokens = writer.big.forwarded
+        self.controller_seconds = self.clock() - waited
         return [writer.trace for writer in writers]
 
     def raise_if_failed(self, traces: list[Trace]) -> None:
@@ -540,11 +581,13 @@ class Offloader:
 
     def _answers(self, stepping: list, answers: SimpleQueue[Request]) -> list[Request]:
         """Requests that have been done: by a step of an engine, by those that run, or by both."""
-        # The engine with more to do goes first: requests to the other gather into fuller batches.
-        busiest = max(stepping, key=lambda engine: len(engine.pending), default=None)
-        done = busiest.step() if busiest is not None and busiest.pending else []
+        # An engine that has gathered its part of what waits goes first, the one with less before the other.
+        total = sum(len(engine.pending) for engine in stepping)
+        ready = [engine for engine in stepping if engine.pending and len(engine.pending) >= GATHER * total]
+        next_ = min(ready, key=lambda engine: len(engine.pending), default=None)
+        done = next_.step() if next_ is not None else []
         if len(stepping) < len(self.engines):
-            block = busiest is None or not (done or busiest.pending)
+            block = not (done or any(engine.pending for engine in stepping))
             while True:
                 try:
                     done.append(answers.get(block))
@@ -556,6 +599,8 @@ class Offloader:
     def _encode(self, prompt: str | list[int]) -> tuple[list[int], list[int]]:
         """A prompt as each model is asked: text through the chat template of each."""
         if not isinstance(prompt, str):
+            if not self.bridge.same:
+                raise SrlibError("A prompt given as ids needs one vocabulary; give the text to models of two.")
             return list(prompt), list(prompt)
         ids = [encode_prompt(engine.tokenizer, prompt + self.hint) for engine in self.engines]
         return ids[0], ids[-1]
@@ -569,18 +614,3 @@ def _beginnings(tokenizer, texts: tuple[str, ...]) -> frozenset[int]:
         if piece and any(text.startswith(piece) or piece.startswith(text) for text in texts):
             found.append(i)
     return frozenset(found)
-
-
-def check_vocabularies(small, big) -> None:
-    """Two tokenizers must agree on every id of the big one.
-
-    Raises:
-        SrlibError: they do not.
-    """
-    ours, theirs = small.get_vocab(), big.get_vocab()
-    differing = [token for token, i in theirs.items() if ours.get(token) != i]
-    if differing:
-        raise SrlibError(
-            f"The two models do not share a vocabulary: {len(differing)} tokens of the big one differ, "
-            f"such as {differing[0]!r}. Choose two models of one family."
-        )

@@ -156,9 +156,7 @@ def test_vocabularies_must_agree(engines, tokenizer):
     other = arith.tokenizer()
     other.add_tokens(["<other>"])
     foreign = TransformersEngine(random_model(len(other), 3), other)
-    with pytest.raises(
-        SrlibError, match="do not share a vocabulary: 1 tokens of the big one differ, such as '<other>'"
-    ):
+    with pytest.raises(SrlibError, match="cannot write every text"):
         Offloader(engines[0], foreign, Learned(), max_tokens=8)
 
 

@@ -143,8 +143,16 @@ class Background:
         """Work, and put each request that is done into `answers`; None: stop working."""
         if answers is None:
             self._orders.put(None)
+            self._thread.join()
         else:
-            Thread(target=self._work, args=(answers,), daemon=True).start()
+            self._thread = Thread(target=self._work, args=(answers,), daemon=True)
+            self._thread.start()
+
+    def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
+        """As the engine's, after all that was ordered before: a slot may have to be given back first."""
+        opened: SimpleQueue[Sequence] = SimpleQueue()
+        self._orders.put((lambda: opened.put(self._engine.open(ids, sampling)), ()))
+        return opened.get()
 
     def submit(self, request: Request) -> Request:
         self._orders.put((self._engine.submit, (request,)))

@@ -130,6 +130,7 @@ class TransformersEngine:
     """
 
     running = False
+    attention = ATTENTION
 
     def __init__(
         self,

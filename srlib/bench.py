@@ -1,0 +1,197 @@
+"""How close the pair comes to what its models do alone: every policy on the same prompts in one run.
+
+*Efficiency* is the seconds that the tokens of each model would take if it wrote alone, over the
+seconds that were measured:
+
+    (small tokens · seconds a token of the small model alone + big tokens · the same of the big one) / seconds
+
+Alone means the policies `never` and `always` through the same controller, at the same batch;
+tags count as tokens of the small model, which writes them. What the seconds hold beyond that is
+the reading of what the other model wrote, smaller batches, and the controller.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from srlib import engine, pipeline, problems
+from srlib.engine import Request
+from srlib.offload import BIG, Offloader, Trace
+from srlib.params import Params
+from srlib.policies import Always, Learned, Never, Policy, Random, Speculative
+from srlib.problems import encode_prompt
+
+COLUMNS = ("efficiency", "reread_share", "small_share", "big_share", "controller_share", "idle_share")
+
+
+def run(p: Params) -> dict[str, Any]:
+    """Measure what `p.bench` asks for; the first run of each policy warms up, the rest give medians.
+
+    Returns:
+        `rows`, one a batch size and policy: tokens, `offload_share`, `seconds`, `tokens_per_s`,
+        `speed` relative to the small model alone, and the shares of `COLUMNS`; and
+        `closing_check`, one a batch size.
+    """
+    most = max(p.bench.batch_sizes)
+    tuned = p.tuned if p.tuned.adapter is None or Path(p.tuned.adapter).exists() else p.small
+    small, big = engine.load(tuned, most), engine.load(p.big, most)
+    policies: list[tuple[Policy, Any, Any]] = [
+        (Never("small"), small, None),
+        (Always("big"), None, big),
+        (Learned(), small, big),
+        (Random(p.bench.random_share, p.bench.random_chunk), small, big),
+        (Speculative(p.bench.draft_tokens), small, big),
+    ]
+    n = most * p.bench.traces_per_slot
+    tasks = problems.load(p.test)
+    prompts = [tasks[i % len(tasks)].prompt for i in range(n)]
+    rows, checks = [], []
+    steps = len(p.bench.batch_sizes) * (len(policies) + 1)
+    bar = tqdm(total=steps, desc="bench", unit="policy")
+    for batch in p.bench.batch_sizes:
+        asked = prompts[: batch * p.bench.traces_per_slot]
+        alone: dict[str, float] = {}
+        for policy, one, other in policies:
+            settings = p.offload.settings | {"max_tokens": p.bench.max_tokens, "batch_size": batch}
+            writer = Offloader(one, other, policy, **settings, seed=p.seed)
+            row = _median([_measure(writer, asked) for _ in range(p.bench.repeats + 1)][1:])
+            if policy.name in ("small", "big"):
+                alone[policy.name] = row["seconds"] / (row["small_tokens"] + row["big_tokens"])
+            ideal = row["small_tokens"] * alone["small"] + row["big_tokens"] * alone.get("big", 0.0)
+            rows.append(
+                {
+                    "batch": batch,
+                    "policy": policy.name,
+                    **row,
+                    "speed": alone["small"] * row["tokens_per_s"],
+                    "efficiency": ideal / row["seconds"],
+                }
+            )
+            bar.update()
+        if not small.running:
+            rows.append({"batch": batch, "policy": "generate", **_generate(small, asked, batch, p)})
+            rows[-1]["speed"] = alone["small"] * rows[-1]["tokens_per_s"]
+            checks.append({"batch": batch, **_closing_check(small, asked[:batch], p)})
+        bar.update()
+    bar.close()
+    return {"rows": rows, "closing_check": checks, "tuned": tuned.adapter is not None or p.pair.tuned is not None}
+
+
+def main(p: Params) -> int:
+    """Measure, print the table, and write `bench.json` to the run's folder.
+
+    Raises:
+        SrlibError: a model or the test problems are not there, or do not fit.
+    """
+    for needed in ("pair", "test"):
+        pipeline.require_artefact(p, needed, "bench")
+    if p.threads:
+        torch.set_num_threads(p.threads)
+    result = run(p)
+    print(table(result))
+    p.run_dir.mkdir(parents=True, exist_ok=True)
+    pipeline.write_json(p.run_dir / "bench.json", result)
+    print(f"\nmeasurement  {pipeline.here(p.run_dir / 'bench.json')}")
+    return 0
+
+
+def table(result: dict[str, Any]) -> str:
+    """The measurement as text."""
+    frame = pd.DataFrame(result["rows"]).set_index(["batch", "policy"])
+    shown = frame[["offload_share", "tokens_per_s", "speed", *COLUMNS]]
+    lines = [shown.to_string(float_format="{:.3f}".format, na_rep="")]
+    for check in result["closing_check"]:
+        lines.append(
+            f"closing check at batch {check['batch']}: to ask at each of {check['tokens']} tokens takes "
+            f"{check['one_pass']:.2f} times the pass that only reads them, separate passes {check['separate']:.2f} times"
+        )
+    if not result["tuned"]:
+        lines.append("There is no tuned model: `learned` is the small model as it is, which does not ask.")
+    return "\n".join(lines)
+
+
+def _measure(writer: Offloader, prompts: list[str]) -> dict[str, float]:
+    """One run: tokens, seconds, and where they went."""
+    before = [(e.counters.seconds, e.counters.reread_tokens, e.counters.forward_tokens) for e in writer.engines]
+    start = time.perf_counter()
+    traces = writer.run(prompts)
+    seconds = time.perf_counter() - start
+    writer.raise_if_failed(traces)
+    after = [(e.counters.seconds, e.counters.reread_tokens, e.counters.forward_tokens) for e in writer.engines]
+    busy, reread, forward = zip(*[[y - x for x, y in zip(a, b)] for a, b in zip(before, after)])
+    by = {e: b / seconds for e, b in zip(writer.engines, busy)}
+    small, big = by.get(writer.small, 0.0), by.get(writer.big, 0.0)
+    controller = writer.controller_seconds / seconds
+    return {
+        **_tokens(traces),
+        "seconds": seconds,
+        "tokens_per_s": sum(len(t.ids) for t in traces) / seconds,
+        "reread_share": sum(reread) / sum(forward),
+        "small_share": small,
+        "big_share": big,
+        "controller_share": controller,
+        "idle_share": max(0.0, 1 - controller - max(small, big, *([small + big] if not writer.concurrent else []))),
+    }
+
+
+def _tokens(traces: list[Trace]) -> dict[str, float]:
+    big = sum(trace.owners.count(BIG) for trace in traces)
+    total = sum(len(trace.ids) for trace in traces)
+    return {"small_tokens": total - big, "big_tokens": big, "offload_share": big / total}
+
+
+def _median(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+@torch.inference_mode()
+def _generate(small, prompts: list[str], batch: int, p: Params) -> dict[str, float]:
+    """The small model through transformers' own `generate`, `batch` prompts at a time, greedy."""
+    encoded = [encode_prompt(small.tokenizer, prompt) for prompt in prompts]
+    eos, runs = sorted(small.eos), []
+    small.model.set_attn_implementation("sdpa")
+    for _ in range(p.bench.repeats + 1):
+        tokens, start = 0, time.perf_counter()
+        for at in range(0, len(encoded), batch):
+            part = encoded[at : at + batch]
+            width = max(map(len, part))
+            ids = torch.tensor([[eos[0]] * (width - len(x)) + x for x in part], device=small.device)
+            mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in part], device=small.device)
+            out = small.model.generate(
+                ids, attention_mask=mask, max_new_tokens=p.bench.max_tokens, do_sample=False, pad_token_id=eos[0]
+            )[:, width:].tolist()
+            for row in out:
+                ends = [i for i, token in enumerate(row) if token in small.eos]
+                tokens += ends[0] + 1 if ends else len(row)
+        seconds = time.perf_counter() - start
+        runs.append({"small_tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds})
+    small.model.set_attn_implementation(small.attention)
+    return _median(runs[1:])
+
+
+def _closing_check(small, prompts: list[str], p: Params) -> dict[str, float]:
+    """Seconds of a pass that asks at each of n tokens, and of n passes, relative to one that only reads them."""
+    n = min(p.offload.span_budget, 8)
+    timed = {"read": [], "one_pass": [], "separate": []}
+    for _ in range(p.bench.repeats + 1):
+        sequences = [small.open([]) for _ in prompts]
+        encoded = [encode_prompt(small.tokenizer, prompt) for prompt in prompts]
+        small.run(*(Request(s, feed=ids) for s, ids in zip(sequences, encoded)))
+        for how, parts, ask in (("read", [n], 0), ("one_pass", [n], n), ("separate", [1] * n, 1)):
+            start = time.perf_counter()
+            for part in parts:
+                small.run(*(Request(s, feed=ids[:1] * part, ask=ask, watch=1) for s, ids in zip(sequences, encoded)))
+            timed[how].append(time.perf_counter() - start)
+            for s, ids in zip(sequences, encoded):
+                small.truncate(s, len(ids))
+        for s in sequences:
+            small.close(s)
+    read, one, separate = (statistics.median(values[1:]) for values in timed.values())
+    return {"tokens": n, "one_pass": one / read, "separate": separate / read}

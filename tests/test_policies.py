@@ -1,0 +1,286 @@
+"""Policies and baselines on real tiny models, and what may not change what they write."""
+
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from srlib import SrlibError, arith, engine, spans
+from srlib.engine.transformers import TransformersEngine
+from srlib.offload import BIG, FORCED, SMALL, Offloader
+from srlib.policies import Always, Entropy, Learned, Never, Random, Speculative
+from srlib.spans import Tags
+from srlib.translate import Vocabulary
+from tests.conftest import random_model
+from tests.test_offload import EOS, Scripted
+
+
+def ids(traces):
+    return [(t.ids, t.owners) for t in traces]
+
+
+def test_rejection_goes_from_learned_to_switched_off(engines, prompts):
+    def run(policy):
+        return Offloader(*engines, policy, max_tokens=32, span_budget=4).run(prompts)
+
+    shares = [spans.share(run(Learned(reject=p))) for p in (0.0, 0.3, 0.7, 1.0)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > shares[2] > shares[3] == 0
+    assert ids(run(Learned(reject=0.0))) == ids(run(Learned()))
+    assert [t.ids for t in run(Learned(reject=1.0))] == [t.ids for t in run(Never())]
+
+
+@pytest.mark.parametrize("cap", [0.1, 0.3])
+def test_the_cap_holds_for_every_problem(engines, prompts, cap):
+    free = Offloader(*engines, Learned(), max_tokens=32, span_budget=4).run(prompts)
+    capped = Offloader(*engines, Learned(max_share=cap), max_tokens=32, span_budget=4).run(prompts)
+    assert any(spans.share(t) > cap for t in free)
+    assert all(spans.share(t) <= cap for t in capped)
+    assert any(t.big_tokens for t in capped)
+
+
+def test_entropy_asks_where_the_small_model_is_unsure(engines, prompts):
+    small, _ = engines
+    always_sure = Offloader(*engines, Entropy(100.0), max_tokens=24).run(prompts)
+    assert ids(always_sure) == ids(Offloader(*engines, Never(), max_tokens=24).run(prompts))
+    never_sure = Offloader(*engines, Entropy(1e-9, 4), max_tokens=24).run(prompts)
+    assert all(t.big_tokens == len(t.ids) for t in never_sure)
+    for trace in Offloader(*engines, Entropy(2.0, 4), max_tokens=24).run(prompts[:8]):
+        for i, owner in enumerate(trace.owners):
+            before = trace.prompt_ids + trace.ids[:i]
+            request = engine.Request(small.open([]), feed=before, max_new=1, max_entropy=2.0)
+            small.run(request)
+            small.close(request.sequence)
+            if owner == SMALL:
+                assert not request.unsure
+            elif trace.owners[i - 1 : i] != [BIG]:
+                assert request.unsure
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("draft", [1, 4])
+def test_speculative_decoding_writes_what_the_big_model_writes(engines, prompts, temperature, draft):
+    alone = Offloader(None, engines[1], Always(), max_tokens=24, temperature=temperature).run(prompts)
+    both = Offloader(*engines, Speculative(draft), max_tokens=24, temperature=temperature).run(prompts)
+    assert [t.ids for t in both] == [t.ids for t in alone]
+    assert [t.finish for t in both] == [t.finish for t in alone]
+    twins = Offloader(engines[1], engines[1], Speculative(draft), max_tokens=24, temperature=temperature).run(
+        prompts[:16]
+    )
+    assert [t.ids for t in twins] == [t.ids for t in alone[:16]]
+    assert all(t.owners.count(BIG) <= -(-len(t.ids) // (draft + 1)) for t in twins)  # every draft is kept
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("policy", [Learned(), Random(0.3, 4), Entropy(3.0, 3), Speculative(3)], ids=lambda p: p.name)
+@pytest.mark.parametrize("how", [{"stream_chunk": 3}, {"overlap": True}, {"threads": True}])
+def test_pipelining_changes_no_token(engines, prompts, policy, temperature, how):
+    settings = {"max_tokens": 32, "span_budget": 6, "control_chunk": 2, "temperature": temperature}
+    before = threading.active_count()
+    plain = Offloader(*engines, policy, **settings).run(prompts)
+    piped = Offloader(*engines, policy, **settings, **how).run(prompts)
+    # Other batches round otherwise, which moves a draw that lies on the very border of two tokens.
+    assert sum(a != b for a, b in zip(ids(piped), ids(plain))) <= 1
+    assert all(len(e._free) == e.slots and not e.pending for e in engines)
+    assert threading.active_count() == before
+
+
+def test_streaming_has_read_the_text_when_it_is_asked(engines, prompts):
+    """With it, the big model never has more than a chunk to read before it writes."""
+    _, big = engines
+    fed = []
+    submit = big.submit
+    big.submit = lambda request: fed.append((len(request.feed), request.max_new)) or submit(request)
+    Offloader(*engines, Learned(), max_tokens=32, span_budget=4, stream_chunk=4).run(prompts)
+    assert any(new == 0 for _, new in fed)
+    longest = max(len(x) for x in prompts)
+    assert max(n for n, _ in fed) <= longest + 4
+
+
+def test_sampling_is_of_the_position(engines, prompts):
+    """The same draw, however the text is cut into requests; `own` is the draw that decoding would make."""
+    small, _ = engines
+    sampling = engine.Sampling(1.0, top_p=0.9, top_k=20, seed=3)
+    (whole,) = small.run(engine.Request(small.open([], sampling), feed=prompts[0], max_new=12))
+    sequence = small.open([], sampling)
+    parts = [small.run(engine.Request(sequence, feed=prompts[0], max_new=5))[0].ids]
+    parts += [small.run(engine.Request(sequence, max_new=1))[0].ids for _ in range(7)]
+    assert sum(parts, []) == whole.ids
+    (asked,) = small.run(engine.Request(small.open([], sampling), feed=prompts[0] + whole.ids[:-1], ask=12))
+    assert asked.own == whole.ids
+    (one,) = small.run(engine.Request(small.open([], engine.Sampling(1.0, top_k=1)), feed=prompts[0], max_new=6))
+    (greedy,) = small.run(engine.Request(small.open([]), feed=prompts[0], max_new=6))
+    assert one.ids == greedy.ids
+
+
+def test_draws_have_the_models_distribution(engines, prompts):
+    small, _ = engines
+    n, first = 2000, []
+    for at in range(0, n, 50):
+        opened = [small.open([], engine.Sampling(1.0, seed=at + i)) for i in range(50)]
+        first += [r.ids[0] for r in small.run(*(engine.Request(s, feed=prompts[1], max_new=1) for s in opened))]
+        for s in opened:
+            small.close(s)
+    scores = small.score([[*prompts[1], token] for token in range(20)])
+    for token, logprobs in enumerate(scores):
+        p = 2.718281828 ** logprobs[-1]
+        assert abs(first.count(token) / n - p) < 5 * (p * (1 - p) / n) ** 0.5 + 2 / n
+
+
+def test_cancel_takes_back(engines, prompts):
+    small, _ = engines
+    sequence = small.open([])
+    small.run(engine.Request(sequence, feed=prompts[0]))
+    request = small.submit(engine.Request(sequence, feed=prompts[1], max_new=8))
+    small.step()
+    small.step()
+    small.cancel(request)
+    assert sequence.ids == prompts[0]
+    assert small.step() == []
+    (a,) = small.run(engine.Request(sequence, max_new=4))
+    (b,) = small.run(engine.Request(small.open([]), feed=prompts[0], max_new=4))
+    assert a.ids == b.ids
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_an_engine_that_fails_ends_its_traces_with_one_error(engines, prompts, threads):
+    small, big = engines
+
+    class Failing(TransformersEngine):
+        def step(self):
+            done, self.pending = self.pending, []
+            for request in done:
+                request.error = SrlibError("the server is gone")
+            return done
+
+    failing = Failing(big.model, big.tokenizer)
+    writer = Offloader(small, failing, Learned(), max_tokens=32, span_budget=4, threads=threads)
+    traces = writer.run(prompts)
+    assert {t.finish for t in traces} > {"error"}
+    assert all((t.error == "the server is gone") == (t.finish == "error") for t in traces)
+    assert len(small._free) == small.slots
+    with pytest.raises(SrlibError, match=r"learned: \d+ of 64 traces failed: the server is gone"):
+        writer.raise_if_failed(traces)
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A byte-level tokenizer that merges the characters of a tag with each other and with their neighbours."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = ["so 1+2=<bigmodel>3</bigmodel>; then =<bigmodel>\n33 é😀</bigmodel>.\n</bigmodel>;1"] * 4
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet))
+    tokenizer.add_special_tokens(["<|end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+class Speaks(Scripted):
+    """Writes a text in its own tokens, piece by piece: the next token of what is still to be said."""
+
+    def __init__(self, tokenizer, texts):
+        super().__init__(tokenizer, None)
+        self.eos, self.texts = {tokenizer.eos_token_id}, [text.encode() for text in texts]
+        self.vocabulary = Vocabulary(tokenizer)
+
+    def next(self, ids):
+        said = self.vocabulary.join(ids)
+        text = next((t for t in self.texts if t.startswith(said)), said)
+        return self.vocabulary.encode(text[len(said) :])[0] if text != said else self.tokenizer.eos_token_id
+
+    def step(self):
+        done, self.pending = self.pending, []
+        for request in done:
+            sequence = request.sequence.ids
+            places = range(len(sequence) - request.ask + 1, len(sequence) + 1)
+            request.own = [self.next(sequence[:i]) for i in places]
+            request.watched = [0.0] * request.ask
+            ended = not request.max_new
+            while not ended:
+                sequence.append(self.next(sequence))
+                ended = request.add(sequence[-1], 0.0, self.tokenizer)
+        return done
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    before=st.text(st.sampled_from(list("1+=; é\n")), max_size=6),
+    hard=st.text(st.sampled_from(list("3 é😀.\n")), min_size=1, max_size=6),
+    after=st.text(st.sampled_from(list("1+=; é\n")), max_size=6),
+    other=st.booleans(),
+)
+def test_plain_tags_that_merge_with_their_neighbours(pieces, before, hard, after, other):
+    """What small and big say comes out whole, however the tokens are cut, in one vocabulary or two."""
+    close = spans.OTHER_CLOSE if other else spans.CLOSE
+    said = f"?{before}{spans.OPEN}{hard}{close}{after}"
+    plain = f"?{before}{hard}{after}"
+    bigs = [pieces]
+    for tokenizer in bigs:
+        small, big = Speaks(pieces, [said, said.replace(close, spans.CLOSE)]), Speaks(tokenizer, [plain])
+        (trace,) = Offloader(small, big, Learned(), max_tokens=200, span_budget=100).run(["?"])
+        text = pieces.decode([i for i in trace.ids if i != pieces.eos_token_id])
+        assert trace.text(pieces) == plain[1:]
+        assert text.startswith(f"{before}{spans.OPEN}")
+        assert big.read[0] == big.read[0] and tokenizer.decode(big.read[0]).startswith(f"?{before}")
+        assert small.read[0][1:][: len(trace.ids)] == trace.ids[: len(small.read[0]) - 1]
+        assert len(trace.ids) == len(trace.owners) == len(trace.logprobs)
+        assert spans.parse(trace.ids, Tags.of(pieces))
+
+
+def test_two_vocabularies_write_one_trace(pieces, tokenizer):
+    """A byte-level small model and a big one with other ids, real and random: both have read the same bytes."""
+    other = Tokenizer(models.BPE())
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    other.train_from_iterator(
+        ["the quick brown fox 12 34"], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
+    )
+    other.add_special_tokens(["<s>", "<|end|>"])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<|end|>")
+    ours = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(pieces.backend_tokenizer.to_str()), eos_token="<|end|>"
+    )
+    ours.add_tokens([spans.OPEN, spans.CLOSE])
+    tags = tuple(ours.convert_tokens_to_ids([spans.OPEN, spans.CLOSE]))
+    small = TransformersEngine(random_model(len(ours), 5, loud=tags), ours)
+    big = TransformersEngine(random_model(len(theirs), 6), theirs)
+    small.eos, big.eos = frozenset({ours.eos_token_id}), frozenset({theirs.eos_token_id})
+    for policy in (Learned(), Random(0.4, 3), Entropy(3.0, 3)):
+        for chunk in (1, 3):
+            opened, closed = [], []
+            big_open, small_open = big.open, small.open
+            big.open = lambda *a: opened.append(big_open(*a)) or opened[-1]
+            small.open = lambda *a: closed.append(small_open(*a)) or closed[-1]
+            prompts = [f"{i} + {i * 7} é?" for i in range(24)]
+            traces = Offloader(small, big, policy, max_tokens=48, span_budget=6, control_chunk=chunk).run(prompts)
+            big.open, small.open = big_open, small_open
+            assert any(t.big_tokens for t in traces)
+            texts = [small.tokenizer.backend_tokenizer.encode(p).ids for p in prompts]
+            assert all(t.prompt_ids == x for t, x in zip(traces, texts))
+            shared = {ours.decode(spans.strip(t.prompt_ids + t.ids, t.tags)) for t in traces}
+            for sequence in opened:
+                read = theirs.decode(sequence.ids).removesuffix("<|end|>").rstrip("\ufffd")
+                assert any(text.startswith(read) for text in shared), read
+    with pytest.raises(SrlibError, match="needs two models of one vocabulary"):
+        Offloader(small, big, Speculative(2), max_tokens=8)
+    with pytest.raises(SrlibError, match="prompt given as ids needs one vocabulary"):
+        Offloader(small, big, Learned(), max_tokens=8).run([[1, 2]])
+
+
+def test_the_hint_stands_behind_every_prompt():
+    plain = arith.tokenizer()
+    small = Scripted(plain, lambda n: EOS)
+    Offloader(small, None, Never(), max_tokens=8, hint="=").run(["1+2"])
+    assert plain.decode(small.read[0]).startswith("1+2=")
+
+
+def test_forced_tokens_are_no_ones(pieces):
+    small, big = Speaks(pieces, [f"?{spans.OPEN}333333"]), Speaks(pieces, ["?333333"])
+    (trace,) = Offloader(small, big, Learned(), max_tokens=60, span_budget=2).run(["?"])
+    assert FORCED in trace.owners
+    assert all((p != p) == (o == FORCED) for p, o in zip(trace.logprobs, trace.owners))
