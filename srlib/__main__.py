@@ -1,15 +1,15 @@
-"""The command line: `python -m srlib run params/cpu.yaml`, `python -m srlib sweep params/ablations/latency.yaml`."""
+"""The command line: `python -m srlib run params/cpu.yaml`, and `plan` and `sweep` in place of `run`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from srlib import SrlibError, params, pipeline, sweep
+from srlib import SrlibError, memory, params, pipeline, sweep
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse and run; a mistake in the input is one sentence and exit status 2, a failed stage is 1."""
+    """Parse and run; a mistake in the input is one sentence and status 2, a failed stage or what does not fit is 1."""
     parser = argparse.ArgumentParser(prog="python -m srlib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run the notebooks of a params file in order")
@@ -19,6 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("--from", dest="first", metavar="STAGE", help="redo this stage and all after it")
     which.add_argument("--only", metavar="STAGE", help="redo this stage alone")
     run.add_argument("--until", metavar="STAGE", help="end with this stage")
+    speed = commands.add_parser("bench", help="measure every policy's speed against what the models do alone")
+    speed.add_argument("params", help="params file, such as params/cpu.yaml")
+    speed.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value, as in run")
+    fits = commands.add_parser("plan", help="say what each stage needs in memory, and whether it fits")
+    fits.add_argument("params", help="params file, such as params/gpu24.yaml")
+    fits.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value, as in run")
     many = commands.add_parser("sweep", help="run 03 and 05 for every combination of some values and seeds")
     many.add_argument("params", help="params file, or a file of params/ablations/")
     many.add_argument(
@@ -36,6 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "sweep":
             return sweep.run(sweep.plan(chosen.params, chosen.set, chosen.seeds, chosen.name), max(1, chosen.jobs))
         p = params.load(chosen.params, **dict(map(params.parse_override, chosen.set)))
+        if chosen.command == "bench":
+            from srlib import bench  # here, as it takes seconds to import what it needs
+
+            return bench.main(p)
+        if chosen.command == "plan":
+            table, all_fit = memory.table(p)
+            print(table)
+            return 0 if all_fit else 1
         return pipeline.run(p, chosen.first, chosen.only, chosen.until)
     except SrlibError as error:
         print(f"error: {error}", file=sys.stderr)

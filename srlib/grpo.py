@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
@@ -27,8 +28,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from srlib import SrlibError, spans
-from srlib.engine.transformers import TransformersEngine, device_of, load_model
+from srlib import SrlibError, engine, spans
+from srlib.engine.transformers import TransformersEngine, device_of, dtype_of, load_model
 from srlib.grade import grade
 from srlib.latency import PairSpeed, Speed
 from srlib.offload import SMALL, Offloader, Trace
@@ -73,7 +74,8 @@ def train(
         args=GRPOConfig(
             output_dir=str(folder / "trainer"),
             max_steps=config.max_steps,
-            per_device_train_batch_size=config.batch_size // config.processes,
+            per_device_train_batch_size=config.batch_size // config.processes // config.gradient_accumulation_steps,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,  # rollouts are written all at once
             num_generations=config.num_generations,
             learning_rate=config.learning_rate,
             lr_scheduler_type="linear",
@@ -85,8 +87,8 @@ def train(
             multi_objective_aggregation=config.aggregation,
             reward_weights=list(paid.values()),
             max_completion_length=offload.max_tokens,
-            gradient_checkpointing=False,
-            bf16=False,
+            gradient_checkpointing=config.gradient_checkpointing,
+            bf16=dtype_of(tuned) == torch.bfloat16,
             use_cpu=device_of(tuned) == "cpu",
             logging_steps=1,
             save_steps=config.save_steps,
@@ -160,7 +162,9 @@ def _work(job: Path) -> None:
     set_seed(p.seed)
     speed = PairSpeed(**{**given["speed"], **{side: Speed(**given["speed"][side]) for side in ("small", "big")}})
     tasks = load_problems(p.traces, p.grpo.n_problems, p.seed)
-    big = TransformersEngine(*load_model(p.big), slots=p.grpo.batch_size // p.grpo.processes)
+    PartialState()  # makes this process's GPU the current one, on which models are loaded
+    slots = min(p.grpo.rollouts_at_once or p.offload.batch_size, p.grpo.batch_size // p.grpo.processes)
+    big = engine.load(p.big, slots) if p.grpo.rollout == "true_offload" else None
     train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, Path(given["folder"]))
 
 
@@ -170,7 +174,8 @@ class Rollouts:
     def __init__(
         self, tokenizer, big, problems: list[Problem], config: Grpo, offload: Offload, seed: int, samples: Path
     ):
-        self.tokenizer, self.big, self.config, self.offload = tokenizer, big, config, offload
+        self.tokenizer, self.big, self.config = tokenizer, big, config
+        self.offload = offload.model_copy(update={"batch_size": config.rollouts_at_once or offload.batch_size})
         self.answers = {problem.prompt: problem.answer for problem in problems}
         self.seed, self.samples = seed, samples
 

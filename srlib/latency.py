@@ -62,17 +62,17 @@ TABLES = {
 }
 
 
-def pair_speed(config: Latency, small=None, big=None) -> PairSpeed:
+def pair_speed(config: Latency, small: Speed | None = None, big: Speed | None = None) -> PairSpeed:
     """The latency model that the params ask for.
 
     Args:
-        small, big: engines; needed where `source` is `calibrate`.
+        small, big: as `calibrate` gives them; needed where `source` is `calibrate`.
 
     Raises:
         SrlibError: the table has no such model.
     """
     if config.source == "calibrate":
-        return PairSpeed(calibrate(small), calibrate(big), config.handover_s)
+        return PairSpeed(small, big, config.handover_s)
     table = TABLES[config.source]
     for name in (config.small, config.big):
         if name not in table:

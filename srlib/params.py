@@ -47,7 +47,9 @@ class ModelSpec(Section):
     def _engine_can(self) -> ModelSpec:
         if self.engine == "transformers":
             if self.quantization in ("awq", "gptq", "fp8"):
-                raise ValueError(f"quantization {self.quantization} needs engine: vllm; transformers takes nf4 and int8")
+                raise ValueError(
+                    f"quantization {self.quantization} needs engine: vllm; transformers takes nf4 and int8"
+                )
             if self.url or self.ray or self.tensor_parallel * self.pipeline_parallel > 1:
                 raise ValueError("url, ray and the parallel settings need engine: vllm")
         if self.engine == "vllm" and self.quantization == "int8":
@@ -58,7 +60,9 @@ class ModelSpec(Section):
 class Pair(Section):
     small: ModelSpec = ModelSpec()
     big: ModelSpec = ModelSpec()
-    tuned: ModelSpec | None = Field(None, description="a small model that writes the tags already; nothing is trained")
+    tuned: ModelSpec | None = Field(
+        None, description="a small model that writes the tags already: 01 to 03 are left out"
+    )
 
 
 class ArithModel(Section):
@@ -131,6 +135,7 @@ class Sft(Section):
     epochs: float = Field(3, gt=0)
     batch_size: int = Field(32, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_checkpointing: bool = Field(False, description="keep less of the forward pass, and compute it again")
     learning_rate: float = Field(3e-3, gt=0)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     max_length: int = Field(1024, ge=16)
@@ -162,6 +167,9 @@ class Grpo(Section):
     max_steps: int = Field(100, ge=1)
     batch_size: int = Field(128, ge=2, description="rollouts a step; a multiple of num_generations")
     num_generations: int = Field(8, ge=2)
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a batch is trained on")
+    gradient_checkpointing: bool = Field(False, description="keep less of the forward pass, and compute it again")
+    rollouts_at_once: int = Field(0, ge=0, description="written at the same time by a process; 0: offload.batch_size")
     processes: int = Field(1, ge=1, description="more than one: under `accelerate launch`, or torchrun on a CPU")
     use_vllm: Literal["no", "colocate", "server"] = Field("no", description="the small model's rollouts by TRL's vLLM")
     vllm_url: str = Field("http://127.0.0.1:8000", description="server: where `trl vllm-serve` listens")
@@ -179,6 +187,10 @@ class Grpo(Section):
         whole = self.num_generations * self.processes  # a group is written by one process
         if self.batch_size % whole:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of num_generations × processes = {whole}")
+        if self.batch_size % (parts := self.processes * self.gradient_accumulation_steps):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of processes × gradient_accumulation_steps = {parts}"
+            )
         if self.accelerate_config and find(self.accelerate_config) is None:
             raise ValueError(f"there is no file {self.accelerate_config} (accelerate_config)")
         for name in self.reward_weights:
@@ -196,7 +208,9 @@ class Offload(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: all tokens")
     hint: str = Field("", description="text appended to every problem, such as the tags' instruction of the paper")
-    stream_chunk: int = Field(0, ge=0, description="the big model reads along every so many small tokens; 0: when asked")
+    stream_chunk: int = Field(
+        0, ge=0, description="the big model reads along every so many small tokens; 0: when asked"
+    )
     overlap: bool = Field(False, description="the big model writes on while the small one looks at its last chunk")
     threads: bool = Field(False, description="each transformers engine in a thread of its own: for two devices")
     n_demo: int = Field(64, ge=1, description="problems in the batch of notebook 04")
@@ -210,17 +224,27 @@ class Offload(Section):
 class Evaluate(Section):
     n_problems: int = Field(1000, ge=2)
     samples_per_problem: int = Field(1, ge=1)
-    policies: list[Literal["small", "big", "learned", "grpo", "learned_off", "random"]] = Field(
-        ["small", "big", "learned", "grpo", "learned_off", "random"], min_length=1
+    policies: list[
+        Literal["small", "big", "learned", "grpo", "learned_off", "random", "rejection", "entropy", "speculative"]
+    ] = Field(
+        ["small", "big", "learned", "grpo", "learned_off", "random", "rejection", "entropy", "speculative"],
+        min_length=1,
     )
     random_shares: list[float] = [0.05, 0.1, 0.2, 0.4, 0.7]
-    random_chunk: int = Field(4, ge=1, description="tokens one owner writes in a row under the random policy")
+    random_chunk: int = Field(4, ge=1, description="tokens one owner writes in a row under random and entropy")
+    rejections: list[float] = Field([0.25, 0.5, 0.75], description="probabilities with which requests are refused")
+    entropies: list[float] = Field([0.5, 1.0], description="nats above which the entropy policy asks")
+    draft_tokens: int = Field(4, ge=1, description="tokens the small model drafts in speculative decoding")
 
     @model_validator(mode="after")
     def _shares(self) -> Evaluate:
-        for share in self.random_shares:
-            if not 0 < share < 1:
-                raise ValueError(f"random_shares holds {share}, which is not between 0 and 1")
+        for name in ("random_shares", "rejections"):
+            for share in getattr(self, name):
+                if not 0 < share < 1:
+                    raise ValueError(f"{name} holds {share}, which is not between 0 and 1")
+        for threshold in self.entropies:
+            if threshold <= 0:
+                raise ValueError(f"entropies holds {threshold}, which is not above 0")
         return self
 
 

@@ -20,10 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from srlib import SrlibError, engine, problems
+from srlib import SrlibError, engine, memory, problems
 from srlib.params import ROOT, Params, find, from_notebook, nearest
 
 NOTEBOOKS = ROOT / "notebooks"
+IGNORED = {".ipynb_checkpoints", "merged"}  # folders; vLLM serves an adapter merged into its model
 PACKAGES = ("torch", "transformers", "trl", "peft", "papermill", "srlib")
 
 
@@ -69,16 +70,26 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
         SrlibError: something is missing or damaged; the sentence names it and the stage that makes it.
     """
     for name in STAGES[stage].reads:
-        artefact, maker = _artefacts(p)[name], MAKERS[name]
-        if maker in made_now and not artefact.given:
+        if name == "reinforced" and "grpo" not in p.evaluate.policies:
             continue
-        try:
-            artefact.check()
-        except SrlibError as error:
-            mend = f" Stage {maker} makes it: python -m srlib run … --only {maker}"
-            if maker not in STAGES:
-                mend = " This makes it: python -m srlib sweep params/ablations/latency.yaml"
-            raise SrlibError(f"{stage}: {error}{'' if artefact.given else mend}") from None
+        if MAKERS[name] not in made_now or _artefacts(p)[name].given:
+            require_artefact(p, name, stage)
+
+
+def require_artefact(p: Params, name: str, reader: str) -> None:
+    """Check that one artefact is there and whole; the error names its `reader` and what makes it.
+
+    Raises:
+        SrlibError: it is not.
+    """
+    artefact, maker = _artefacts(p)[name], MAKERS[name]
+    try:
+        artefact.check()
+    except SrlibError as error:
+        mend = f" Stage {maker} makes it: python -m srlib run … --only {maker}"
+        if maker not in STAGES:
+            mend = " This makes it: python -m srlib sweep params/ablations/latency.yaml"
+        raise SrlibError(f"{reader}: {error}{'' if artefact.given else mend}") from None
 
 
 def begin(stage: str, scope: dict[str, Any]) -> tuple[Params, Path]:
@@ -92,10 +103,12 @@ def begin(stage: str, scope: dict[str, Any]) -> tuple[Params, Path]:
         the parameters, and the folder for the stage's artefacts.
 
     Raises:
-        SrlibError: a bad parameter, or an artefact of an earlier stage is missing or damaged.
+        SrlibError: a bad parameter, an artefact of an earlier stage is missing or damaged, or the
+            models do not fit.
     """
     p = from_notebook(scope)
     require(p, stage)
+    memory.check(p, stage)
     import torch
     from transformers import set_seed
 
@@ -127,6 +140,8 @@ def run(p: Params, first: str | None = None, only: str | None = None, until: str
     artefacts = _artefacts(p)
     if all(artefacts[name].given for name, maker in MAKERS.items() if maker == "00_arith_pair"):
         chosen = [name for name in chosen if name != "00_arith_pair"]  # all it would make is given
+    if p.pair.tuned is not None:
+        chosen = [name for name in chosen if name not in ("01_annotate", "02_sft", "03_grpo")]  # it is trained
     if not only:
         others = p.base.stages if p.base else []
         swept = (p.run_dir / "sweep.json").is_file()  # else there is nothing to compare
@@ -136,6 +151,7 @@ def run(p: Params, first: str | None = None, only: str | None = None, until: str
     for name in chosen:
         # What a complete stage left behind is checked too: a damaged file is reported, not built on.
         require(p, name, to_make)
+        memory.check(p, name)
         if first or only or not manifest.complete(name):
             to_make.append(name)
     print(f"{p.run}: {', '.join(chosen)} → {here(p.run_dir)}", flush=True)
@@ -245,7 +261,7 @@ class Manifest:
         """Digest of each file of a stage but its notebook and figures, which a hand may make again."""
         folder = self.p.stage_dir(name)
         files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".ipynb", ".png"))
-        return {str(f.relative_to(folder)): _digest(f) for f in files if ".ipynb_checkpoints" not in f.parts}
+        return {str(f.relative_to(folder)): _digest(f) for f in files if not IGNORED & set(f.parts)}
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +286,9 @@ def _artefacts(p: Params) -> dict[str, _Artefact]:
         "traces": _Artefact((p.traces,), lambda: problems.load(p.traces), p.data.traces is not None),
         "test": _Artefact((p.test,), lambda: problems.load(p.test), p.data.test is not None),
         "annotated": _Artefact((p.annotated,), lambda: problems.read_jsonl(p.annotated, Annotated)),
-        "adapter": _Artefact((p.tuned.adapter,), lambda: engine.check(p.tuned)),
+        "adapter": _Artefact(
+            (p.tuned.adapter or p.tuned.path,), lambda: engine.check(p.tuned), p.pair.tuned is not None
+        ),
         "reinforced": _Artefact((p.reinforced.adapter,), lambda: engine.check(p.reinforced)),
         "sweep": _Artefact((p.run_dir / "sweep.json",), lambda: _there(p.run_dir / "sweep.json")),
     }
@@ -289,10 +307,10 @@ def write_json(path: Path, content: object) -> None:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder and their names."""
+    """SHA-256 of a file, or of all files of a folder and their names but for what was merged of them."""
     total = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
+        if file.is_file() and "merged" not in file.relative_to(path).parts:
             total.update(str(file.relative_to(path)).encode())
             total.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
     return total.hexdigest()[:16]

@@ -110,11 +110,19 @@ def span_positions(positions: dict[str, Sequence[float]], shares: dict[str, Sequ
     return figure
 
 
+# What makes a curve in the main figure: family of policies, policies at its ends, colour, marker.
+CURVES = (
+    ("random", ("small",), "grey", "o"),
+    ("rejection", ("learned", "learned_off"), "olivedrab", "."),
+    ("entropy", ("small",), "tan", "x"),
+)
+
+
 def accuracy_by_share(rows: Sequence[dict]) -> Figure:
     """The main figure: accuracy against offload share, with 95 % intervals.
 
-    Rows of the random policy make a curve; the two models alone are horizontal lines; every
-    other row is a point of its own.
+    Rows of the random policy make a curve, and so do those of rejection and entropy; the two
+    models alone are horizontal lines; every other row is a point of its own.
     """
     figure, axes = _axes(8, 4.4)
     by_name = {row["policy"]: row for row in rows}
@@ -124,13 +132,16 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
     for row, colour in alone:
         axes.axhline(row["accuracy"], color=colour, linestyle="--", label=f"{row['policy']} alone")
         axes.axhspan(*row["ci95"], color=colour, alpha=0.12)
-    curve = sorted(
-        (row for row in rows if row["policy"].startswith("random") or row["policy"] == "small"),
-        key=lambda row: row["offload_share"],
-    )
-    if len(curve) > 1:
-        _points(axes, curve, "grey", "random", marker="o", linestyle="-")
-    others = [row for row in rows if row not in curve and row["policy"] not in ("small", "big")]
+    drawn = ["small", "big"]
+    for family, ends, colour, marker in CURVES:
+        curve = sorted(
+            (row for row in rows if row["policy"].startswith(family) or row["policy"] in ends),
+            key=lambda row: row["offload_share"],
+        )
+        if any(row["policy"].startswith(family) for row in curve):
+            _points(axes, curve, colour, family, marker=marker, linestyle="-")
+        drawn += [row["policy"] for row in curve if row["policy"].startswith(family)]
+    others = [row for row in rows if row["policy"] not in drawn]
     for row, colour, marker in zip(others, sns.color_palette("dark")[2:], "osDv^P"):
         _points(
             axes, [row], colour, row["policy"], marker=marker, markersize=9, markeredgecolor="white", linestyle="none"

@@ -75,7 +75,7 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
             warmup_steps=int(config.warmup_ratio * steps),
             max_length=config.max_length,
             bf16=str(dtype_of(small)) == "torch.bfloat16",
-            gradient_checkpointing=False,
+            gradient_checkpointing=config.gradient_checkpointing,
             logging_steps=max(1, int(steps / 50)),
             save_strategy="no",
             report_to="none",

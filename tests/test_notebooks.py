@@ -66,7 +66,12 @@ def test_everything_is_there(finished):
     wanted = """policy dataset n_problems samples_per_problem max_tokens accuracy ci95 offload_share handovers
     truncated_share wall_s tokens_per_s small_forward_tokens big_forward_tokens least_forward_tokens""".split()
     assert all(set(wanted) <= set(row) for row in rows)
-    assert [row["policy"] for row in rows][:5] == ["small", "big", "learned", "grpo", "learned_off"]
+    names = [row["policy"] for row in rows]
+    assert names[:6] == ["small", "big", "learned", "learned_off", "rejection_0.50", "grpo"]
+    assert names[6:8] == ["random_0.20", "random_0.50"]
+    assert names[-2:] == ["entropy_1.00", "speculative"]
+    by_name = {row["policy"]: row for row in rows}
+    assert by_name["speculative"]["accuracy"] == by_name["big"]["accuracy"]
     assert (run / "05_evaluate" / "accuracy_by_share.png").stat().st_size > 10_000
     assert "05_evaluate/accuracy_by_share.png" in printed.splitlines()[-1]
     manifest = json.loads((run / "manifest.json").read_text())

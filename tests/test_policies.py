@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from srlib import SrlibError, arith, engine, spans
 from srlib.engine.transformers import TransformersEngine
 from srlib.offload import BIG, FORCED, SMALL, Offloader
+from srlib.params import ModelSpec
 from srlib.policies import Always, Entropy, Learned, Never, Random, Speculative
 from srlib.spans import Tags
 from srlib.translate import Vocabulary
@@ -284,3 +285,22 @@ def test_forced_tokens_are_no_ones(pieces):
     (trace,) = Offloader(small, big, Learned(), max_tokens=60, span_budget=2).run(["?"])
     assert FORCED in trace.owners
     assert all((p != p) == (o == FORCED) for p, o in zip(trace.logprobs, trace.owners))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_big_model_beside_a_small_one_in_fp32(pair, tokenizer, prompts, tmp_path, quantization):
+    for name, model in zip(("small", "big"), pair):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    small = engine.load(tmp_path / "small")
+    big = engine.load(ModelSpec(path=str(tmp_path / "big"), quantization=quantization))
+    kinds = {type(module).__name__ for module in big.model.modules()}
+    assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantization] in kinds
+    traces = Offloader(small, big, Learned(), max_tokens=24, span_budget=4).run(prompts)
+    assert any(t.big_tokens for t in traces)
+    asked = [t for t in traces if t.handovers][:4]
+    for trace in asked:  # what the big model wrote is what it writes alone from there
+        first = trace.handovers[0]
+        read = trace.prompt_ids + spans.strip(trace.ids[: first.start], trace.tags)
+        (alone,) = big.run(engine.Request(big.open([]), feed=read, max_new=1))
+        assert alone.ids == trace.ids[first.start : first.start + 1]

@@ -97,7 +97,9 @@ def test_papers_table():
 
 def test_calibration_measures_and_leaves_no_trace(engines):
     small, big = engines
-    pair = latency.pair_speed(Latency(source="calibrate", handover_s=0.5), small, big)
+    pair = latency.pair_speed(
+        Latency(source="calibrate", handover_s=0.5), latency.calibrate(small), latency.calibrate(big)
+    )
     assert pair.handover == 0.5
     for speed in (pair.small, pair.big):
         assert 0 < speed.prefill < speed.decode < math.inf

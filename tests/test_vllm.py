@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from srlib import arith, engine, offload
+from srlib import arith, engine, offload, policies
 from tests.conftest import random_model
 
 SCRIPT = """
@@ -26,7 +26,7 @@ def test_vllm_writes_what_the_transformers_engine_writes(tmp_path, prompts):
     tokenizer = arith.tokenizer()
     random_model(len(tokenizer), 7, loud=(0,)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    traces = offload.Offloader(engine.load(tmp_path), None, offload.Never(), max_tokens=24).run(prompts[:16])
+    traces = offload.Offloader(engine.load(tmp_path), None, policies.Never(), max_tokens=24).run(prompts[:16])
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

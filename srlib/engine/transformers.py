@@ -402,6 +402,7 @@ def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
         load_in_4bit=spec.quantization == "nf4",
         load_in_8bit=spec.quantization == "int8",
         bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,  # the scales in 8 bits: 0.4 bits a weight less
         bnb_4bit_compute_dtype=dtype_of(spec),
     )
 

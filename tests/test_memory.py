@@ -1,0 +1,161 @@
+"""Whether the plan's figures are those of models that are really there, and what it refuses."""
+
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from srlib import SrlibError, arith, engine, memory, params
+from srlib.__main__ import main
+from srlib.engine.transformers import _quantization
+from srlib.params import ModelSpec
+from tests.conftest import random_model
+
+R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-"
+CPU = params.load("params/cpu.yaml")
+
+
+def of(path, **spec) -> memory._Model:
+    return memory._Model(CPU, ModelSpec(path=str(path), **spec), memory.shape(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("size", "billions", "bf16_gib"),
+    [("1.5B", 1.777, 3.31), ("7B", 7.616, 14.19), ("14B", 14.77, 27.51), ("32B", 32.76, 61.03)],
+)
+def test_published_parameter_counts(size, billions, bf16_gib):
+    assert memory.shape(R1 + size).parameters == pytest.approx(billions * 1e9, rel=0.001)
+    assert of(R1 + size, dtype="bfloat16").weights() / 2**30 == pytest.approx(bf16_gib, rel=0.002)
+
+
+def test_weights_are_those_of_models_that_are_built(tmp_path):
+    qwen = random_model(100, 0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, head_dim=64
+        )
+    )
+    for name, model in (("qwen", qwen), ("llama", llama)):
+        model.save_pretrained(tmp_path / name)
+        linear = sum(
+            x.weight.numel() for n, x in model.named_modules() if isinstance(x, torch.nn.Linear) and n != "lm_head"
+        )
+        found = memory.shape(str(tmp_path / name))
+        assert (found.parameters, found.linear) == (model.num_parameters(), linear)
+        assert of(tmp_path / name).weights() == sum(x.numel() * x.element_size() for x in model.parameters())
+    for side in ("small", "big"):
+        built = arith.model(getattr(CPU.arith, side), 100, 0)
+        assert memory.models(CPU, "04_offload")[side].shape.parameters == built.num_parameters()
+
+
+def test_4_bit_weights_are_those_of_a_quantised_model(tmp_path):
+    random_model(100, 0).save_pretrained(tmp_path)
+    spec = ModelSpec(path=str(tmp_path), quantization="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=_quantization(spec), dtype=torch.float32)
+    held = sum(x.numel() * x.element_size() for x in model.parameters())
+    for module in model.modules():
+        if state := getattr(getattr(module, "weight", None), "quant_state", None):
+            held += state.absmax.numel() * state.absmax.element_size()
+            held += state.state2.absmax.numel() * 4 if state.nested else 0
+    assert of(tmp_path, quantization="nf4").weights() == pytest.approx(held, rel=0.001)
+
+
+def test_cache_and_adapter_are_those_of_a_model(tmp_path, tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    model = random_model(len(tokenizer), 0)
+    model.save_pretrained(tmp_path)
+    cache = model(torch.zeros(3, 17, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert of(tmp_path).cache(3 * 17) == held
+    tokenizer.save_pretrained(tmp_path)
+    made = engine.load(ModelSpec(path=str(tmp_path), context=64), slots=3)
+    made.run(engine.Request(made.open([]), feed=[5] * 40, max_new=8))
+    held = sum(x.numel() * x.element_size() for store in (made._cache.keys, made._cache.values) for x in store.values())
+    assert held == of(tmp_path, context=64).caches(3)
+    lora = LoraConfig(
+        r=4, target_modules="all-linear", trainable_token_indices={"embed_tokens": [0, 1], "lm_head": [0, 1]}
+    )
+    assert get_peft_model(model, lora).get_nb_trainable_parameters()[0] == memory.shape(str(tmp_path)).lora(4)
+
+
+@pytest.mark.parametrize("name", ["gpu24", "node", "cpu", "smoke"])
+def test_every_scale_fits(name, capsys):
+    assert main(["plan", f"params/{name}.yaml"]) == 0
+    assert "Every stage fits." in capsys.readouterr().out
+
+
+def test_bf16_of_the_32b_is_refused_on_24_gib_and_the_mend_mends(capsys):
+    change = {"pair.big.quantization": "none"}
+    with pytest.raises(
+        SrlibError, match=r"66\.\d GiB .* there are 24\.0.* fits with pair.big.quantization: nf4"
+    ) as error:
+        memory.check(params.load("params/gpu24.yaml", **change), "04_offload")
+    assert "\n" not in str(error.value)
+    memory.check(params.load("params/gpu24.yaml"), "04_offload")
+    assert main(["plan", "params/gpu24.yaml", "--set", "pair.big.quantization=none"]) == 1
+    assert "04_offload does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "stage", "change", "named"),
+    [
+        (
+            "gpu24",
+            "02_sft",
+            {"sft.gradient_checkpointing": False, "sft.max_length": 8192},
+            "sft.gradient_checkpointing: True",
+        ),
+        ("gpu24", "05_evaluate", {"offload.batch_size": 8}, "offload.batch_size: 1"),
+        (
+            "gpu24",
+            "04_offload",
+            {"pair.big.quantization": "none", "hardware.gpus": 4, "hardware.gpu_gb": 66},
+            "pair.big.device: cuda:1",
+        ),
+        ("node", "04_offload", {"pair.big.tensor_parallel": 1}, "pair.big.tensor_parallel: 4"),
+        ("node", "04_offload", {"pair.big.kv_cache_gb": 0.2}, "pair.big.kv_cache_gb: 3"),
+        ("node", "04_offload", {"pair.big.kv_cache_gb": 70}, "pair.big.kv_cache_gb: 3"),
+        (
+            "gpu24",
+            "03_grpo",
+            {"grpo.rollout": "true_offload", "pair.big.path": R1 + "14B", "grpo.rollouts_at_once": 8},
+            "rollouts_at_once: 4",
+        ),
+        (
+            "gpu24",
+            "04_offload",
+            {"pair.big.quantization": "none", "offload.batch_size": 4},
+            "offload.batch_size: 1, pair.big.quantization: nf4",
+        ),
+        ("gpu24", "04_offload", {"hardware.gpu_gb": 4}, "smaller models"),
+    ],
+)
+def test_the_change_that_is_named_fits(file, stage, change, named):
+    p = params.load(f"params/{file}.yaml", **change)
+    with pytest.raises(SrlibError) as error:
+        memory.check(p, stage)
+    assert named in str(error.value)
+    if "fits with" in str(error.value):
+        mend = str(error.value).rpartition("fits with ")[2].rpartition(" (")[0]
+        change |= dict(params.parse_override(text.replace(": ", "=", 1)) for text in mend.split(", "))
+        memory.check(params.load(f"params/{file}.yaml", **change), stage)
+
+
+def test_devices():
+    held = memory.models(params.load("params/node.yaml"), "04_offload")
+    assert held["small"].devices() == ["cuda:0"]
+    assert held["big"].devices() == ["cuda:4", "cuda:5", "cuda:6", "cuda:7"]
+    assert memory.sequences(held["big"]) == 90
+    away = params.load("params/node.yaml", **{"pair.big.url": "http://10.0.0.2:8000"})
+    assert {n.device for n in memory.needs(away, ("03_grpo",))} == {f"cuda:{i}" for i in range(4)}
+    with pytest.raises(SrlibError, match="there is no cuda:3, as hardware.gpus is 3"):
+        memory.check(params.load("params/gpu24.yaml", **{"pair.small.device": "cuda:3", "hardware.gpus": 3}), "02_sft")
+
+
+def test_the_check_of_the_default_costs_nothing():
+    start = time.perf_counter()
+    for stage in memory.STAGES:
+        memory.check(CPU, stage)
+    assert time.perf_counter() - start < 0.05
