@@ -7,7 +7,8 @@ seconds that were measured:
 
 Alone means the policies `never` and `always` through the same controller, at the same batch;
 tags count as tokens of the small model, which writes them. What the seconds hold beyond that is
-the reading of what the other model wrote, smaller batches, and the controller.
+the reading of what the other model wrote, smaller batches, and the controller. The reading no
+engine can save: `with_reading` counts it among the work to be done, at the speed of a prefill.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from srlib import engine, pipeline, problems
+from srlib import engine, latency, pipeline, problems
 from srlib.engine import Request
 from srlib.offload import BIG, Offloader, Trace
 from srlib.params import Params
 from srlib.policies import Always, Learned, Never, Policy, Random, Speculative
 from srlib.problems import encode_prompt
 
-COLUMNS = ("efficiency", "reread_share", "small_share", "big_share", "controller_share", "idle_share")
+COLUMNS = ("efficiency", "with_reading", "reread_share", "small_share", "big_share", "controller_share", "idle_share")
 
 
 def run(p: Params) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def run(p: Params) -> dict[str, Any]:
     for batch in p.bench.batch_sizes:
         asked = prompts[: batch * p.bench.traces_per_slot]
         alone: dict[str, float] = {}
+        prefill = {side: latency.calibrate(e, batch).prefill for side, e in (("small", small), ("big", big))}
         for policy, one, other in policies:
             settings = p.offload.settings | {"max_tokens": p.bench.max_tokens, "batch_size": batch}
             writer = Offloader(one, other, policy, **settings, seed=p.seed)
@@ -72,6 +74,7 @@ def run(p: Params) -> dict[str, Any]:
                     **row,
                     "speed": alone["small"] * row["tokens_per_s"],
                     "efficiency": ideal / row["seconds"],
+                    "with_reading": (ideal + sum(row[f"{s}_read"] * prefill[s] for s in prefill)) / row["seconds"],
                 }
             )
             bar.update()
@@ -144,7 +147,16 @@ def _measure(writer: Offloader, prompts: list[str]) -> dict[str, float]:
 def _tokens(traces: list[Trace]) -> dict[str, float]:
     big = sum(trace.owners.count(BIG) for trace in traces)
     total = sum(len(trace.ids) for trace in traces)
-    return {"small_tokens": total - big, "big_tokens": big, "offload_share": big / total}
+    prompts = sum(len(trace.prompt_ids) for trace in traces)
+    small_forward, big_forward = (sum(getattr(t, f"{s}_forward_tokens") for t in traces) for s in ("small", "big"))
+    return {
+        "small_tokens": total - big,
+        "big_tokens": big,
+        "offload_share": big / total,
+        # what a model processed and had not written; its own prompts are in the time of each of its tokens
+        "small_read": max(0, small_forward - prompts - (total - big)) if small_forward else 0,
+        "big_read": max(0, big_forward - big - (prompts if big == total else 0)),
+    }
 
 
 def _median(runs: list[dict[str, float]]) -> dict[str, float]:

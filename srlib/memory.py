@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from srlib import SrlibError
+from srlib.engine import SCORE_POSITIONS
 from srlib.params import ROOT, ModelSpec, Params, build
 
 GIB = 2**30
 PROMPT = 512  # tokens allowed for a prompt, on top of `offload.max_tokens`
-SCORE_POSITIONS = 256  # positions whose logits the annotator's forward pass holds at the same time
 VLLM_TOKENS = 8192  # and those vLLM reads in one pass, all with logits when it scores
 TRAINABLE = 4 + 4 + 8  # bytes of a trained parameter: itself, its gradient, Adam's two moments, in fp32
 PROCESS = 1.0  # GiB a process takes on a device: CUDA context 0.3 to 0.6, workspaces, what the allocator cannot use

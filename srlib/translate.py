@@ -47,16 +47,15 @@ class Vocabulary:
         if backend is None:
             raise SrlibError(f"The tokenizer {self.name} is not of the tokenizers library: no text goes through it.")
         state = json.loads(backend.to_str())
-        decoder = json.dumps(state["decoder"])
-        self._of_character = {c: b for b, c in bytes_to_unicode().items()} if '"ByteLevel"' in decoder else None
-        self._byte_fallback = '"ByteFallback"' in decoder
+        byte_level = '"ByteLevel"' in json.dumps(state["decoder"])
+        self._of_character = {c: b for b, c in bytes_to_unicode().items()} if byte_level else None
         self._added = {token["id"]: token["content"] for token in state["added_tokens"]}
         self._backend = Tokenizer.from_str(json.dumps(_continuing(state)))
         self._backend.encode_special_tokens = True
         self._cache: dict[int, bytes] = {}
         self._of_byte: dict[int, list[int]] = {}
         for b, name in bytes_to_unicode().items():
-            i = self._backend.token_to_id(name if self._of_character else f"<0x{b:02X}>")
+            i = self._backend.token_to_id(name if byte_level else f"<0x{b:02X}>")
             ids = [i] if i is not None else self._backend.encode(chr(b), add_special_tokens=False).ids
             if self.join(ids) == bytes([b]):
                 self._of_byte[b] = ids
@@ -93,11 +92,11 @@ class Vocabulary:
         token = self._backend.id_to_token(i)
         if token is None:
             return b""
-        if self._byte_fallback and (match := re.fullmatch("<0x([0-9A-F]{2})>", token)):
+        if self._of_character is None and (match := re.fullmatch("<0x([0-9A-F]{2})>", token)):
             return bytes.fromhex(match[1])
         if i in self._added:
             return self._added[i].encode()
-        if self._of_character:
+        if self._of_character is not None:
             known = self._of_character.keys() >= set(token)
             return bytes(map(self._of_character.get, token)) if known else token.encode()
         decoder = self._backend.decoder

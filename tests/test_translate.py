@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from srlib import SrlibError, arith, sft, spans
 from srlib.translate import DISPENSABLE, LOST, PROBE, Bridge, Translator, Vocabulary, check_lossless, same_vocabulary
@@ -39,6 +40,11 @@ def bytelevel(alphabet: list[str]) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(LINES, trainer)
     return backend
+
+
+def without(lacking: set[int]) -> list[str]:
+    """The alphabet of a byte-level tokenizer but for some bytes."""
+    return [character for b, character in bytes_to_unicode().items() if b not in lacking]
 
 
 def sentencepiece(legacy: bool) -> Tokenizer:
@@ -76,9 +82,7 @@ def made():
         if kind == "bytelevel":
             return wrap(bytelevel(ALPHABET), "<think>", "</think>", spans.OPEN, spans.CLOSE)
         if kind == "sparse":
-            names = Vocabulary(get("bytelevel")[0])
-            lacking = {names._backend.id_to_token(names._of_byte[b][0]) for b in DISPENSABLE}
-            return wrap(bytelevel(sorted(set(ALPHABET) - lacking)))
+            return wrap(bytelevel(without(DISPENSABLE)))
         return wrap(sentencepiece(legacy=kind == "llama"), *(["<think>"] if kind == "llama" else []))
 
     def get(kind: str):
@@ -273,6 +277,27 @@ def test_a_character_that_no_script_needs_leaves_a_mark(made):
     assert decode(writer, out) == "a\ufffdb" + 4 * "\ufffd" + "c"
 
 
+def test_a_rewind_into_what_the_source_cannot_spell(made):
+    sparse = wrap(bytelevel(without({4})), "x\x04y")
+    source, (_, target) = Vocabulary(sparse), made("bytelevel")
+    assert source.lacks == {4} and not target.lacks
+    translator = Translator(source, target)
+    out = translator.feed([sparse.convert_tokens_to_ids("x\x04y")])
+    kept = next(n for n in range(len(out)) if target.join(out[:n]).decode(errors="ignore") == "x\ufffd")
+    taken, again = translator.rewind(kept)
+    assert taken == 1 and source.join(again).decode() == "x\ufffd"
+
+
+def test_an_added_token_stands_for_its_text(made):
+    """Whatever its characters would mean in other tokens, and wherever it stands."""
+    byte_level, legacy = wrap(bytelevel(ALPHABET)), wrap(sentencepiece(legacy=True))
+    for tokenizer in (byte_level, legacy):
+        tokenizer.add_tokens([AddedToken("über", normalized=True, lstrip=True)])
+        i, vocabulary = tokenizer.convert_tokens_to_ids("über"), Vocabulary(tokenizer)
+        assert vocabulary.bytes(i) == "über".encode()
+        assert vocabulary.encode("a  überb".encode()).count(i) == 1
+
+
 def test_lossy_tokenizers_are_refused(made, tokenizer):
     with pytest.raises(SrlibError, match=r"'\\t' is lost"):
         check_lossless(tokenizer)
@@ -281,6 +306,9 @@ def test_lossy_tokenizers_are_refused(made, tokenizer):
     check_lossless(wrap(spaceless))  # the space can be written alone
     with pytest.raises(SrlibError, match="is lost"):
         check_lossless(wrap(bytelevel(ALPHABET[:100])))
+    unprobed = set(range(256)) - DISPENSABLE - set(PROBE.encode())
+    with pytest.raises(SrlibError, match="is lost"):
+        check_lossless(wrap(bytelevel(without({min(unprobed)}))))
     mangling = wrap(bytelevel(ALPHABET))
     mangling.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("x", "y")])
     with pytest.raises(SrlibError, match="decodes 'x"):

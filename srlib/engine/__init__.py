@@ -111,6 +111,7 @@ class Request:
         return self.stopped is not None or len(self.ids) >= self.max_new
 
 
+SCORE_POSITIONS = 256  # places whose logits `score` holds at the same time
 STOP_TAIL = 16  # tokens in which a stop is looked for, more than one has
 
 

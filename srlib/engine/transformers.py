@@ -31,7 +31,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from srlib import SrlibError
-from srlib.engine import GREEDY, Counters, Request, Sampling, Sequence, check
+from srlib.engine import GREEDY, SCORE_POSITIONS, Counters, Request, Sampling, Sequence, check
 from srlib.params import ModelSpec
 
 ATTENTION = "srlib_slots"
@@ -69,9 +69,9 @@ class _Group:
 class _Slots(Cache):
     """Keys and values of every layer, (slots, heads, length, head size)."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, context: int) -> None:
         super().__init__(layers=[])
-        self.slots, self.length = slots, 0
+        self.slots, self.context, self.length = slots, context, 0
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self.rows = self.positions = None  # (N,) slot and position of each token of the pass under way
@@ -79,7 +79,7 @@ class _Slots(Cache):
     def reserve(self, length: int) -> None:
         """Make room for sequences of `length` ids."""
         if length > self.length:
-            self.length = max(64, 2 * self.length, length)
+            self.length = max(length, min(max(64, 2 * self.length), self.context))
             for store in (self.keys, self.values):
                 for layer, x in store.items():
                     store[layer] = x.new_zeros(*x.shape[:2], self.length, x.shape[3])
@@ -150,7 +150,7 @@ class TransformersEngine:
         self.counters = Counters()
         self.pending: list[Request] = []
         self._free = list(range(slots))[::-1]
-        self._cache = _Slots(slots)
+        self._cache = _Slots(slots, self.context)
         self._heads_per_key = config.num_attention_heads // config.num_key_value_heads
 
     @property
@@ -224,8 +224,14 @@ class TransformersEngine:
         """
         longest = max(map(len, sequences))
         ids = torch.tensor([s + [s[-1]] * (longest - len(s)) for s in sequences], device=self.device)  # (B, T)
-        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (B, T-1, V)
-        logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T-1)
+        hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, E)
+        head, next_ids = self.model.get_output_embeddings(), ids[:, 1:].flatten()
+        logprobs = torch.cat(
+            [  # some places at a time: the logits of all would be larger than the model
+                head(h).float().log_softmax(-1).gather(-1, i[:, None])
+                for h, i in zip(hidden.flatten(0, 1).split(SCORE_POSITIONS), next_ids.split(SCORE_POSITIONS))
+            ]
+        ).view(len(sequences), -1)  # (B, T-1)
         self.counters.forward_tokens += sum(map(len, sequences))
         self.counters.calls += 1
         return [row[: len(s) - 1] for row, s in zip(logprobs.tolist(), sequences)]
