@@ -63,17 +63,24 @@ def plan(path: str, sets: Sequence[str] = (), seeds: Sequence[int] | None = None
         SrlibError: a file or key is wrong.
     """
     found = params.find(path)
-    values = yaml.safe_load(found.read_text()) if found is not None and found.is_file() else {}
+    try:
+        values = yaml.safe_load(found.read_text()) if found is not None and found.is_file() else {}
+    except yaml.YAMLError as error:
+        raise SrlibError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not (isinstance(values, dict) and "vary" in values):
         values = {"params": path, "vary": {}}
     values.setdefault("name", Path(path).stem if values["params"] != path else "")
     for text in sets:
         key, several = params.parse_override(text, several=True)
+        if not several:
+            raise SrlibError(f"--set {text!r} names no value; give one or several: {key}=1,2")
         values.get("vary", {}).pop(key, None)
         values.setdefault("vary" if len(several) > 1 else "fix", {})[key] = several if len(several) > 1 else several[0]
     if seeds is not None:
         values["seeds"] = list(seeds)
     chosen = params.build(values, path, Plan)
+    if empty := [key for key, several in chosen.vary.items() if not several]:
+        raise SrlibError(f"{path}: vary.{empty[0]} is an empty list; give it the values to try.")
     chosen.name = name or chosen.name or "-".join(key.rpartition(".")[2] for key in chosen.vary) or "fixed"
     return chosen
 

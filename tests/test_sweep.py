@@ -98,3 +98,18 @@ def test_one_failure_among_others(tmp_path):
     assert {r["n_problems"] for r in rows} == {load("params/smoke.yaml").evaluate.n_problems}
     manifest = json.loads((tmp_path / "smoke" / "manifest.json").read_text())
     assert set(manifest["stages"]) == {"00_arith_pair", "01_annotate", "02_sft"}  # the base did no more than that
+
+
+@pytest.mark.parametrize(
+    ("text", "sets", "said"),
+    [
+        ("vary: {a: [1", [], "is not valid YAML"),
+        ("params: params/smoke.yaml\nvary: {grpo.beta: []}", [], "vary.grpo.beta is an empty list"),
+        ("params: params/smoke.yaml\nvary: {}", ["grpo.beta="], "names no value"),
+    ],
+)
+def test_a_sweep_that_cannot_be_read_is_one_sentence(tmp_path, text, sets, said):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(SrlibError, match=said):
+        sweep.plan(str(file), sets)

@@ -315,22 +315,17 @@ class StandIn:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.0"
+            protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                self.send_response(200)
-                self.end_headers()
-                if self.path == "/v1/models":
-                    self.wfile.write(json.dumps({"data": [{"id": "m", "root": "/m", "max_model_len": 64}]}).encode())
+                models = {"data": [{"id": "m", "root": "/m", "max_model_len": 64}]}
+                self.whole(200, models if self.path == "/v1/models" else {})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append(body)
                 if 13 in body["prompt"]:
-                    self.send_response(400)
-                    self.end_headers()
-                    self.wfile.write(b'{"error": {"message": "unlucky"}}')
-                    return
+                    return self.whole(400, {"error": {"message": "unlucky"}})
                 self.send_response(200)
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
@@ -346,6 +341,13 @@ class StandIn:
                 self.send({"choices": [], "usage": {"prompt_tokens_details": details}})
                 self.wfile.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
 
+            def whole(self, status, answer):
+                text = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
             def send(self, answer):
                 line = f"data: {json.dumps(answer)}\n\n".encode()
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
@@ -353,7 +355,6 @@ class StandIn:
             def log_message(self, *args):
                 pass
 
-        Handler.protocol_version = "HTTP/1.1"
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -404,7 +405,7 @@ def test_a_server_that_breaks_off_is_waited_for(folders, capfd):
     assert {id(r) for r in failed} == {id(r) for r in under_way}
     for request in failed:
         assert f"The server at http://127.0.0.1:{port} broke off in the middle of a request" in str(request.error)
-    later = [model.submit(Request(model.open([5]) if i < 0 else s, [1], max_new=2)) for i, s in enumerate(sequences)]
+    later = [model.submit(Request(s, [1], max_new=2)) for s in sequences]
     with pytest.raises(Empty):
         answers.get(timeout=1)
     server = StandIn(port)
@@ -443,8 +444,9 @@ class RealServer:
         raise AssertionError("the server did not start")
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 @needs_vllm
@@ -477,7 +479,10 @@ def test_a_real_server_writes_the_same_and_may_die(folders, pair, prompts, tmp_p
             model.cancel(cancelled)
             assert sequences[0].ids == ids[0]
             under_way = [model.submit(Request(s, max_new=180)) for s in sequences]
-            time.sleep(0.1)
+            while all(len(s.ids) == len(start) for s, start in zip(sequences, ids)):
+                time.sleep(0.001)
+            os.killpg(server.process.pid, signal.SIGSTOP)  # in the middle: some tokens are there, nothing is done
+            time.sleep(0.5)
             server.kill()
             failed = [answers.get(timeout=60) for _ in under_way]
             assert {id(r) for r in failed} == {id(r) for r in under_way}
@@ -495,5 +500,5 @@ def test_a_real_server_writes_the_same_and_may_die(folders, pair, prompts, tmp_p
 
 def test_without_vllm_it_says_what_to_install(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.platforms", None)
-    with pytest.raises(SrlibError, match=r"vLLM is not installed here .* pip install -e .\[gpu\]"):
+    with pytest.raises(SrlibError, match=r"vLLM is not installed here .*pip install -e .\[gpu\]"):
         engine.load(ModelSpec(path=folders[0], engine="vllm"))
