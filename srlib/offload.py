@@ -175,6 +175,7 @@ class Writer:
         ]
         self.room = min(offloader.max_tokens, *rooms)
         self.to_big, self.to_small = offloader.bridge.start()
+        self._unfed = 0  # ids of the big model's last chunk that have not gone through `to_small`
         self._shown = 0  # the big model has been given the trace up to here, as far as the small one wrote it
         if self.room <= 0:
             self.trace.finish = "prompt"
@@ -321,11 +322,12 @@ class Writer:
         ended, same = request.stopped is not None, self.o.bridge.same
         written = request.ids if same or not ended else request.ids[:-1]
         ids = self.to_small.feed(written, last or ended)
+        self._unfed = len(request.ids) - len(written)  # the big model's end of text is no text
+        if ended and not same:
+            ids.append(self.o.tokenizer.eos_token_id)
         if len(ids) > self.left:  # the small model writes it in more tokens
             self._take_back_big(self.left)
-            ids = ids[: self.left]
-        if ended and not same:
-            ids = ([*ids, self.o.tokenizer.eos_token_id])[-self.left :]
+            ids, ended = ids[: self.left], False
         self._append(ids, BIG, request.logprobs if same else [NAN] * len(ids))
         self.small.unread += ids
         return ended
@@ -333,8 +335,9 @@ class Writer:
     def _take_back_big(self, kept: int) -> None:
         """Of what the big model's last chunk is to the small one, only the first `kept` ids stay."""
         taken, again = self.to_small.rewind(kept)
-        if taken:
-            self.big.take_back(taken)
+        if taken + self._unfed:
+            self.big.take_back(taken + self._unfed)
+        self._unfed = 0
         self.big.unread += again
 
     def _close_if_wanted(self, n: int, asked: int, ahead: Request | None) -> Generator[Request, None, int]:

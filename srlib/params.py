@@ -41,7 +41,7 @@ class ModelSpec(Section):
     tensor_parallel: int = Field(1, ge=1, description="vllm: devices that share every layer")
     pipeline_parallel: int = Field(1, ge=1, description="vllm: groups of devices that share the layers out")
     ray: bool = Field(False, description="vllm: the devices are on several machines, under Ray")
-    compile: bool = Field(False, description="torch.compile (transformers), CUDA graphs (vllm)")
+    compile: bool = Field(False, description="vllm: compile the model and replay CUDA graphs; slower to start")
 
     @model_validator(mode="after")
     def _engine_can(self) -> ModelSpec:
@@ -50,8 +50,8 @@ class ModelSpec(Section):
                 raise ValueError(
                     f"quantization {self.quantization} needs engine: vllm; transformers takes nf4 and int8"
                 )
-            if self.url or self.ray or self.tensor_parallel * self.pipeline_parallel > 1:
-                raise ValueError("url, ray and the parallel settings need engine: vllm")
+            if self.url or self.ray or self.compile or self.tensor_parallel * self.pipeline_parallel > 1:
+                raise ValueError("url, ray, compile and the parallel settings need engine: vllm")
         if self.engine == "vllm" and self.quantization == "int8":
             raise ValueError("quantization int8 needs engine: transformers; vllm takes nf4, awq, gptq and fp8")
         return self
@@ -171,8 +171,6 @@ class Grpo(Section):
     gradient_checkpointing: bool = Field(False, description="keep less of the forward pass, and compute it again")
     rollouts_at_once: int = Field(0, ge=0, description="written at the same time by a process; 0: offload.batch_size")
     processes: int = Field(1, ge=1, description="more than one: under `accelerate launch`, or torchrun on a CPU")
-    use_vllm: Literal["no", "colocate", "server"] = Field("no", description="the small model's rollouts by TRL's vLLM")
-    vllm_url: str = Field("http://127.0.0.1:8000", description="server: where `trl vllm-serve` listens")
     accelerate_config: str | None = Field(None, description="file for `accelerate launch`; empty: plain data parallel")
     learning_rate: float = Field(2e-4, gt=0)
     temperature: float = Field(1.0, gt=0)

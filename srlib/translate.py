@@ -62,14 +62,14 @@ class Vocabulary:
         self.lacks = set(range(256)) - self._of_byte.keys()
         self._check(tokenizer)
 
-    def bytes(self, i: int) -> bytes:
+    def spell(self, i: int) -> bytes:
         """What the id stands for in the middle of a text; nothing if it is not in the vocabulary."""
         if i not in self._cache:
-            self._cache[i] = self._bytes(i)
+            self._cache[i] = self._spell(i)
         return self._cache[i]
 
     def join(self, ids: Iterable[int]) -> bytes:
-        return b"".join(map(self.bytes, ids))
+        return b"".join(map(self.spell, ids))
 
     def encode(self, data: bytes) -> list[int]:
         """Ids for exactly these bytes; what the tokenizer would change, or no character, is written byte by byte.
@@ -88,7 +88,7 @@ class Vocabulary:
             ids += whole if whole is not None else [i for c in run for i in self._exact(c) or self._bytewise(c)]
         return ids
 
-    def _bytes(self, i: int) -> bytes:
+    def _spell(self, i: int) -> bytes:
         token = self._backend.id_to_token(i)
         if token is None:
             return b""

@@ -213,7 +213,7 @@ def test_random_reaches_its_share(tokenizer):
         ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(data=st.data())
 def test_random_handovers_against_the_reference(tokenizer, data):
     """Scripts over positions: what each model would write after a given number of tokens."""
@@ -222,6 +222,7 @@ def test_random_handovers_against_the_reference(tokenizer, data):
     big_script = data.draw(st.lists(st.sampled_from([20, 21, 22, 20, 21, 22, EOS]), min_size=1, max_size=30))
     closes = data.draw(st.lists(st.booleans(), min_size=1, max_size=10))
     max_tokens, span_budget, chunk = (data.draw(st.integers(1, n)) for n in (30, 6, 4))
+    pipelining = {"stream_chunk": data.draw(st.integers(0, 3)), "overlap": data.draw(st.booleans())}
     prompt = [50, 51, 52]
 
     def small_next(n):
@@ -235,7 +236,7 @@ def test_random_handovers_against_the_reference(tokenizer, data):
 
     small, big = Scripted(tokenizer, small_next, own), Scripted(tokenizer, big_next)
     (trace,) = Offloader(
-        small, big, Learned(), max_tokens=max_tokens, span_budget=span_budget, control_chunk=chunk
+        small, big, Learned(), max_tokens=max_tokens, span_budget=span_budget, control_chunk=chunk, **pipelining
     ).run([prompt])
 
     def reference_small(ids):
@@ -251,6 +252,10 @@ def test_random_handovers_against_the_reference(tokenizer, data):
     assert trace.ids == ids
     assert trace.owners == owners
     assert small.read[0] == prompt + ids or small.read[0] == (prompt + ids)[: len(small.read[0])]
+    inside = spans.inside(ids, trace.tags)
+    assert trace.big_tokens == owners.count(BIG) == sum(h.tokens for h in trace.handovers)
+    assert trace.small_tokens == len(inside) - trace.big_tokens
+    assert len(trace.ids) == len(trace.owners) == len(trace.logprobs)
     if big.read:
         plain = prompt + spans.strip(ids, trace.tags)
         assert big.read[0] == plain[: len(big.read[0])]

@@ -304,3 +304,50 @@ def test_a_quantised_big_model_beside_a_small_one_in_fp32(pair, tokenizer, promp
         read = trace.prompt_ids + spans.strip(trace.ids[: first.start], trace.tags)
         (alone,) = big.run(engine.Request(big.open([]), feed=read, max_new=1))
         assert alone.ids == trace.ids[first.start : first.start + 1]
+
+
+@pytest.fixture(scope="module")
+def others(pieces):
+    """A vocabulary of other ids, in which a number is one token, and `pieces` with tags as tokens."""
+    other = Tokenizer(models.BPE())
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    other.train_from_iterator(["8989 8989 8989"], trainers.BpeTrainer(vocab_size=262, initial_alphabet=alphabet))
+    other.add_special_tokens(["<s>", "<|end|>"])
+    ours = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(pieces.backend_tokenizer.to_str()), eos_token="<|end|>"
+    )
+    ours.add_tokens([spans.OPEN, spans.CLOSE])
+    return ours, PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<|end|>")
+
+
+class SpeaksTagged(Speaks):
+    """As `Speaks`, with tags that are tokens."""
+
+    def next(self, ids):
+        said = self.vocabulary.join(ids)
+        text = next((t for t in self.texts if t.startswith(said)), said)
+        rest = text[len(said) :].decode()
+        return self.tokenizer.encode(rest)[0] if rest else self.tokenizer.eos_token_id
+
+
+def test_the_big_models_end_of_text_is_taken_back_with_what_stood_before_it(others):
+    ours, theirs = others
+    small = SpeaksTagged(ours, ["?ab<bigmodel>34</bigmodel>xy<bigmodel>7</bigmodel>z"])
+    big = Speaks(theirs, ["?ab345", "?ab34xy7"])
+    writer = Offloader(small, big, Learned(), max_tokens=100, span_budget=50, control_chunk=8)
+    (trace,) = writer.run(["?"])
+    assert trace.text(ours) == "ab34xy7z"
+    assert theirs.decode(big.read[0]).startswith("?ab34xy7")
+
+
+@pytest.mark.parametrize("max_tokens", range(4, 9))
+def test_a_big_token_of_several_small_ones_at_the_end_of_the_budget(others, max_tokens):
+    ours, theirs = others
+    small, big = SpeaksTagged(ours, ["?ab<bigmodel>8989"]), Speaks(theirs, ["?ab8989"])
+    writer = Offloader(small, big, Learned(), max_tokens=max_tokens, span_budget=50, control_chunk=8)
+    (trace,) = writer.run(["?"])
+    whole = ours.encode("ab<bigmodel>8989<|end|>")
+    assert trace.ids == whole[:max_tokens]
+    assert trace.finish == ("eos" if max_tokens == len(whole) else "length")

@@ -294,7 +294,7 @@ def test_an_added_token_stands_for_its_text(made):
     for tokenizer in (byte_level, legacy):
         tokenizer.add_tokens([AddedToken("über", normalized=True, lstrip=True)])
         i, vocabulary = tokenizer.convert_tokens_to_ids("über"), Vocabulary(tokenizer)
-        assert vocabulary.bytes(i) == "über".encode()
+        assert vocabulary.spell(i) == "über".encode()
         assert vocabulary.encode("a  überb".encode()).count(i) == 1
 
 

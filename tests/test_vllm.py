@@ -379,7 +379,7 @@ def test_a_server_is_asked_and_counted(folders):
     assert (said["temperature"], said["top_p"], said["top_k"], said["repetition_penalty"]) == (0.5, 0.9, 3, 1.0)
     (request,) = model.run(Request(sequence, [9, 9], ask=2, watch=12))
     assert request.own == [1, 1] and request.watched == [-3, -3]
-    assert [len(body["prompt"]) for body in server.asked[1:]] == [10, 11]
+    assert sorted(len(body["prompt"]) for body in server.asked[1:]) == [10, 11]  # asked at the same time
     assert sequence.forwarded == 6 + 2 + (10 - 5) + (11 - 5)  # the first was aborted before it told of its cache
     assert model.counters.reread_tokens == 3 + 5 and model.counters.calls == 3
     with pytest.raises(SrlibError, match=f"server at http://127.0.0.1:{port} refused a request: unlucky"):
