@@ -43,12 +43,11 @@ def run(p: Params) -> dict[str, Any]:
     most = max(p.bench.batch_sizes)
     tuned = p.tuned if p.tuned.adapter is None or Path(p.tuned.adapter).exists() else p.small
     small, big = engine.load(tuned, most), engine.load(p.big, most)
+    mixed = (Learned(), Random(p.bench.random_share, p.bench.random_chunk), Speculative(p.bench.draft_tokens))
     policies: list[tuple[Policy, Any, Any]] = [
         (Never("small"), small, None),
         (Always("big"), None, big),
-        (Learned(), small, big),
-        (Random(p.bench.random_share, p.bench.random_chunk), small, big),
-        (Speculative(p.bench.draft_tokens), small, big),
+        *((policy, small, big) for policy in mixed if policy.name in p.bench.policies),
     ]
     n = most * p.bench.traces_per_slot
     tasks = problems.load(p.test)

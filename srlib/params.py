@@ -249,6 +249,9 @@ class Evaluate(Section):
 class Bench(Section):
     """What `python -m srlib bench` measures."""
 
+    policies: list[Literal["learned", "random", "speculative"]] = Field(
+        ["learned", "random", "speculative"], description="beside each model alone"
+    )
     batch_sizes: list[int] = Field([1, 16, 64], min_length=1)
     repeats: int = Field(3, ge=1, description="runs whose median is taken, after one to warm up")
     max_tokens: int = Field(64, ge=2, description="tokens of a trace")
