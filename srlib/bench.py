@@ -131,8 +131,12 @@ def _measure(writer: Offloader, prompts: list[str]) -> dict[str, float]:
     by = {e: b / seconds for e, b in zip(writer.engines, busy)}
     small, big = by.get(writer.small, 0.0), by.get(writer.big, 0.0)
     controller = writer.controller_seconds / seconds
+    again = dict(zip(writer.engines, reread))
+    tokens = _tokens(traces)
+    for side, e in (("small_read", writer.small), ("big_read", writer.big)):
+        tokens[side] = max(0, tokens[side] - again.get(e, 0))
     return {
-        **_tokens(traces),
+        **tokens,
         "seconds": seconds,
         "tokens_per_s": sum(len(t.ids) for t in traces) / seconds,
         "reread_share": sum(reread) / sum(forward),
@@ -153,8 +157,8 @@ def _tokens(traces: list[Trace]) -> dict[str, float]:
         "big_tokens": big,
         "offload_share": big / total,
         # what a model processed and had not written; its own prompts are in the time of each of its tokens
-        "small_read": max(0, small_forward - prompts - (total - big)) if small_forward else 0,
-        "big_read": max(0, big_forward - big - (prompts if big == total else 0)),
+        "small_read": small_forward - prompts - (total - big),
+        "big_read": big_forward - big - (prompts if big == total else 0),
     }
 
 
