@@ -205,7 +205,7 @@ class Offload(Section):
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: all tokens")
-    hint: str = Field("", description="text appended to every problem, such as the tags' instruction of the paper")
+    hint: str = Field("", description="put behind every problem that is written; for a model trained with one")
     stream_chunk: int = Field(
         0, ge=0, description="the big model reads along every so many small tokens; 0: when asked"
     )
