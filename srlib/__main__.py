@@ -1,4 +1,4 @@
-"""The command line: `python -m srlib run params/cpu.yaml`, and `plan` and `sweep` in place of `run`."""
+"""The command line: `python -m srlib run params/cpu.yaml`, and `bench`, `plan` and `sweep` in place of `run`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse and run; a mistake in the input is one sentence and status 2, a failed stage or what does not fit is 1."""
     parser = argparse.ArgumentParser(prog="python -m srlib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="run the notebooks of a params file in order")
-    run.add_argument("params", help="params file, such as params/cpu.yaml")
-    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value: sft.epochs=1")
+    one = argparse.ArgumentParser(add_help=False)  # what the commands on one params file share
+    one.add_argument("params", help="params file, such as params/cpu.yaml")
+    one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value: sft.epochs=1")
+    run = commands.add_parser("run", parents=[one], help="run the notebooks of a params file in order")
     which = run.add_mutually_exclusive_group()
     which.add_argument("--from", dest="first", metavar="STAGE", help="redo this stage and all after it")
     which.add_argument("--only", metavar="STAGE", help="redo this stage alone")
     run.add_argument("--until", metavar="STAGE", help="end with this stage")
-    speed = commands.add_parser("bench", help="measure every policy's speed against what the models do alone")
-    speed.add_argument("params", help="params file, such as params/cpu.yaml")
-    speed.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value, as in run")
-    fits = commands.add_parser("plan", help="say what each stage needs in memory, and whether it fits")
-    fits.add_argument("params", help="params file, such as params/gpu24.yaml")
-    fits.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value, as in run")
+    commands.add_parser("bench", parents=[one], help="measure every policy's speed against what the models do alone")
+    commands.add_parser("plan", parents=[one], help="say what each stage needs in memory, and whether it fits")
     many = commands.add_parser("sweep", help="run 03 and 05 for every combination of some values and seeds")
     many.add_argument("params", help="params file, or a file of params/ablations/")
     many.add_argument(

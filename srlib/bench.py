@@ -58,7 +58,10 @@ def run(p: Params) -> dict[str, Any]:
     for batch in p.bench.batch_sizes:
         asked = prompts[: batch * p.bench.traces_per_slot]
         alone: dict[str, float] = {}
-        prefill = {side: latency.calibrate(e, batch).prefill for side, e in (("small", small), ("big", big))}
+        prefill = {
+            side: latency.calibrate(e, batch, repeats=p.bench.repeats).prefill
+            for side, e in (("small", small), ("big", big))
+        }
         for policy, one, other in policies:
             settings = p.offload.settings | {"max_tokens": p.bench.max_tokens, "batch_size": batch}
             writer = Offloader(one, other, policy, **settings, seed=p.seed)
@@ -90,7 +93,7 @@ def main(p: Params) -> int:
     """Measure, print the table, and write `bench.json` to the run's folder.
 
     Raises:
-        SrlibError: a model or the test problems are not there, or do not fit.
+        SrlibError: a model or the test problems are not there.
     """
     for needed in ("pair", "test"):
         pipeline.require_artefact(p, needed, "bench")
@@ -131,6 +134,7 @@ def _measure(writer: Offloader, prompts: list[str]) -> dict[str, float]:
     by = {e: b / seconds for e, b in zip(writer.engines, busy)}
     small, big = by.get(writer.small, 0.0), by.get(writer.big, 0.0)
     controller = writer.controller_seconds / seconds
+    at_work = max(small, big) if writer.concurrent else small + big
     again = dict(zip(writer.engines, reread))
     tokens = _tokens(traces)
     for side, e in (("small_read", writer.small), ("big_read", writer.big)):
@@ -143,7 +147,7 @@ def _measure(writer: Offloader, prompts: list[str]) -> dict[str, float]:
         "small_share": small,
         "big_share": big,
         "controller_share": controller,
-        "idle_share": max(0.0, 1 - controller - max(small, big, *([small + big] if not writer.concurrent else []))),
+        "idle_share": max(0.0, 1 - controller - at_work),
     }
 
 

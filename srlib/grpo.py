@@ -163,8 +163,7 @@ def _work(job: Path) -> None:
     speed = PairSpeed(**{**given["speed"], **{side: Speed(**given["speed"][side]) for side in ("small", "big")}})
     tasks = load_problems(p.traces, p.grpo.n_problems, p.seed)
     PartialState()  # makes this process's GPU the current one, on which models are loaded
-    slots = min(p.grpo.rollouts_at_once or p.offload.batch_size, p.grpo.batch_size // p.grpo.processes)
-    big = engine.load(p.big, slots) if p.grpo.rollout == "true_offload" else None
+    big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None
     train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, Path(given["folder"]))
 
 

@@ -238,9 +238,7 @@ def needs(p: Params, stages: tuple[str, ...] = STAGES) -> list[Need]:
 
 def _needs(p: Params, stage: str) -> Iterator[Need]:
     workers = p.grpo.processes if stage == "03_grpo" else 1
-    slots = p.offload.batch_size
-    if stage == "03_grpo":
-        slots = min(p.grpo.rollouts_at_once or slots, p.grpo.batch_size // workers)
+    slots = p.rollout_slots if stage == "03_grpo" else p.offload.batch_size
     passes: dict[tuple[str, int], float] = {}  # by device and process: models of one process work in turn
     for side, model in models(p, stage).items():
         trained = side == "small" and stage in ("02_sft", "03_grpo")
@@ -398,7 +396,7 @@ def _knobs(p: Params, stage: str) -> Iterator[tuple[str, list[Any]]]:
 def table(p: Params) -> tuple[str, bool]:
     """What `python -m srlib plan` prints, and whether all of it fits."""
     lines, notes, names = [], [], {}
-    for stage in STAGES[3 if p.pair.tuned else 0 :]:  # with a tuned model nothing is trained
+    for stage in (stage for stage in STAGES if stage not in p.left_out):
         alike: dict[str, list[str]] = {}  # devices by their figures
         for device, kinds in sorted(totals(p, stage).items()):
             total, there = sum(kinds.values()), limit(p, device)

@@ -296,6 +296,16 @@ class Params(Section):
     bench: Bench = Bench()
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """Stages that make the tuned small model, where one is given."""
+        return ("01_annotate", "02_sft", "03_grpo") if self.pair.tuned is not None else ()
+
+    @property
+    def rollout_slots(self) -> int:
+        """Rollouts that one process of stage 03 writes at the same time."""
+        return min(self.grpo.rollouts_at_once or self.offload.batch_size, self.grpo.batch_size // self.grpo.processes)
+
+    @property
     def run_dir(self) -> Path:
         """The run's folder; a relative `outputs` is taken from the clone."""
         return ROOT / self.outputs / self.run

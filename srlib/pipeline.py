@@ -140,8 +140,7 @@ def run(p: Params, first: str | None = None, only: str | None = None, until: str
     artefacts = _artefacts(p)
     if all(artefacts[name].given for name, maker in MAKERS.items() if maker == "00_arith_pair"):
         chosen = [name for name in chosen if name != "00_arith_pair"]  # all it would make is given
-    if p.pair.tuned is not None:
-        chosen = [name for name in chosen if name not in ("01_annotate", "02_sft", "03_grpo")]  # it is trained
+    chosen = [name for name in chosen if name not in p.left_out]
     if not only:
         others = p.base.stages if p.base else []
         swept = (p.run_dir / "sweep.json").is_file()  # else there is nothing to compare
@@ -260,8 +259,8 @@ class Manifest:
     def _outputs(self, name: str) -> dict[str, str]:
         """Digest of each file of a stage but its notebook and figures, which a hand may make again."""
         folder = self.p.stage_dir(name)
-        files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".ipynb", ".png"))
-        return {str(f.relative_to(folder)): _digest(f) for f in files if not IGNORED & set(f.parts)}
+        files = [f for f in _files(folder) if f.suffix not in (".ipynb", ".png")]
+        return {str(f.relative_to(folder)): _digest(f) for f in files}
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -307,13 +306,17 @@ def write_json(path: Path, content: object) -> None:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder and their names but for what was merged of them."""
+    """SHA-256 of a file, or of all files of a folder and their names."""
     total = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file() and "merged" not in file.relative_to(path).parts:
-            total.update(str(file.relative_to(path)).encode())
-            total.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
+    for file in _files(path) if path.is_dir() else [path]:
+        total.update(str(file.relative_to(path)).encode())
+        total.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
     return total.hexdigest()[:16]
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, but for those in `IGNORED` ones."""
+    return sorted(f for f in folder.rglob("*") if f.is_file() and not IGNORED & set(f.relative_to(folder).parts))
 
 
 def here(path: str | Path) -> str:

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srlib import SrlibError, annotate, arith, spans
+from srlib.engine.transformers import TransformersEngine
 from srlib.params import Annotate, Arith
 from srlib.problems import Problem
 from srlib.spans import Span
+from tests.conftest import random_model
 
 
 @given(
@@ -80,3 +82,14 @@ def test_a_number_is_marked_as_a_whole(tokenizer):
 def test_gap_needs_traces_and_one_vocabulary(engines):
     with pytest.raises(SrlibError, match="Problem 7 has no worked trace"):
         list(annotate.gap(*engines, [Problem(id="7", prompt="?", answer="1")], Annotate()))
+
+
+def test_gap_needs_one_vocabulary(engines):
+    other = arith.tokenizer()
+    other.add_tokens(["<other>"])
+    foreign = TransformersEngine(random_model(len(other), 3), other)
+    problem = Problem(id="1", prompt="1+2?", answer="3", trace="<think>1+2=3;</think>\\boxed{3}")
+    with pytest.raises(
+        SrlibError, match="do not share a vocabulary: 1 tokens of the big one differ, such as '<other>'"
+    ):
+        next(annotate.gap(engines[0], foreign, [problem], Annotate()))

@@ -215,38 +215,24 @@ class Speaks(Scripted):
     other=st.booleans(),
 )
 def test_plain_tags_that_merge_with_their_neighbours(pieces, before, hard, after, other):
-    """What small and big say comes out whole, however the tokens are cut, in one vocabulary or two."""
+    """What small and big say comes out whole, however the tokens are cut."""
     close = spans.OTHER_CLOSE if other else spans.CLOSE
     said = f"?{before}{spans.OPEN}{hard}{close}{after}"
     plain = f"?{before}{hard}{after}"
-    bigs = [pieces]
-    for tokenizer in bigs:
-        small, big = Speaks(pieces, [said, said.replace(close, spans.CLOSE)]), Speaks(tokenizer, [plain])
-        (trace,) = Offloader(small, big, Learned(), max_tokens=200, span_budget=100).run(["?"])
-        text = pieces.decode([i for i in trace.ids if i != pieces.eos_token_id])
-        assert trace.text(pieces) == plain[1:]
-        assert text.startswith(f"{before}{spans.OPEN}")
-        assert big.read[0] == big.read[0] and tokenizer.decode(big.read[0]).startswith(f"?{before}")
-        assert small.read[0][1:][: len(trace.ids)] == trace.ids[: len(small.read[0]) - 1]
-        assert len(trace.ids) == len(trace.owners) == len(trace.logprobs)
-        assert spans.parse(trace.ids, Tags.of(pieces))
+    small, big = Speaks(pieces, [said, said.replace(close, spans.CLOSE)]), Speaks(pieces, [plain])
+    (trace,) = Offloader(small, big, Learned(), max_tokens=200, span_budget=100).run(["?"])
+    text = pieces.decode([i for i in trace.ids if i != pieces.eos_token_id])
+    assert trace.text(pieces) == plain[1:]
+    assert text.startswith(f"{before}{spans.OPEN}")
+    assert pieces.decode(big.read[0]).startswith(f"?{before}")
+    assert small.read[0][1:][: len(trace.ids)] == trace.ids[: len(small.read[0]) - 1]
+    assert len(trace.ids) == len(trace.owners) == len(trace.logprobs)
+    assert spans.parse(trace.ids, Tags.of(pieces))
 
 
-def test_two_vocabularies_write_one_trace(pieces, tokenizer):
-    """A byte-level small model and a big one with other ids, real and random: both have read the same bytes."""
-    other = Tokenizer(models.BPE())
-    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    other.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    other.train_from_iterator(
-        ["the quick brown fox 12 34"], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
-    )
-    other.add_special_tokens(["<s>", "<|end|>"])
-    theirs = PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<|end|>")
-    ours = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(pieces.backend_tokenizer.to_str()), eos_token="<|end|>"
-    )
-    ours.add_tokens([spans.OPEN, spans.CLOSE])
+def test_two_vocabularies_write_one_trace(others):
+    """A byte-level small model and a big one with other ids: both have read the same bytes."""
+    ours, theirs = others
     tags = tuple(ours.convert_tokens_to_ids([spans.OPEN, spans.CLOSE]))
     small = TransformersEngine(random_model(len(ours), 5, loud=tags), ours)
     big = TransformersEngine(random_model(len(theirs), 6), theirs)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -47,6 +48,10 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0: all tokens
     seed: int = 0
+
+    def number(self, position: int) -> int:
+        """64 bits that decide the draw at a position."""
+        return int.from_bytes(blake2b(f"{self.seed} {position}".encode(), digest_size=8).digest())
 
 
 GREEDY = Sampling()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from hashlib import blake2b
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -331,17 +330,16 @@ def draw(logits: torch.Tensor, at: list[tuple[Sampling, int]]) -> tuple[list[int
         if top_p < 1:
             scores = TopPLogitsWarper(top_p)(None, scores)
         heights = scores.softmax(-1).double().cumsum(-1)
-        drawn = torch.tensor([[uniform(at[row][0].seed, at[row][1])] for row in rows], dtype=torch.double)
+        drawn = torch.tensor([[uniform(*at[row])] for row in rows], dtype=torch.double)
         picked = torch.searchsorted(heights, drawn.to(heights.device) * heights[:, -1:], right=True)
         for row, token in zip(rows, picked.squeeze(-1).tolist()):
             chosen[row] = min(token, logits.shape[1] - 1)
     return chosen, logprobs
 
 
-def uniform(seed: int, position: int) -> float:
+def uniform(sampling: Sampling, position: int) -> float:
     """A number in [0, 1) that seed and position decide."""
-    digest = blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest) >> 11) / 2**53
+    return (sampling.number(position) >> 11) / 2**53
 
 
 def eos_of(generation_config, tokenizer) -> frozenset[int]:

@@ -34,7 +34,6 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from functools import partial
-from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -44,7 +43,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from srlib import SrlibError
-from srlib.engine import Counters, Request, Sampling, Sequence, check
+from srlib.engine import GREEDY, Counters, Request, Sampling, Sequence, check
 from srlib.params import ModelSpec
 
 TOP = 20  # likeliest tokens an entropy is estimated from; vLLM gives no more by default
@@ -92,7 +91,7 @@ class VllmEngine:
         # Frees the model, once: when it is called, when the engine is garbage, or at exit.
         self.shutdown = weakref.finalize(self, _stop, self._model, self._loop, thread)
 
-    def open(self, ids: list[int], sampling: Sampling = Sampling()) -> Sequence:
+    def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
         """Begin a sequence; nothing is computed yet.
 
         Raises:
@@ -437,12 +436,11 @@ def _drawn(sampling: Sampling, position: int) -> dict[str, Any]:
     """How the token at `position` is drawn, in vLLM's words."""
     if not sampling.temperature:
         return {"temperature": 0.0}
-    digest = blake2b(f"{sampling.seed} {position}".encode(), digest_size=8).digest()
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
-        "seed": int.from_bytes(digest) >> 1,
+        "seed": sampling.number(position) >> 1,
     }
 
 
