@@ -111,11 +111,33 @@ class Arith(Section):
         return self
 
 
-class Data(Section):
-    """JSONL files of problems; empty: what stage 00 writes."""
+class Source(Section):
+    """Where problems come from; in the params a plain string is its `path`."""
 
-    traces: str | None = Field(None, description="worked traces to annotate")
-    test: str | None = Field(None, description="unseen problems")
+    path: str = Field(min_length=1, description="a JSONL file, or the name of a data set on the hub")
+    config: str | None = Field(None, description="hub: configuration of the data set")
+    split: str = Field("train", description="hub: its split")
+    columns: dict[Literal["id", "prompt", "answer", "trace"], str] = Field(
+        {}, description="field: column it is read from; empty: the columns are named like the fields"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, given: Any) -> Any:
+        return {"path": str(given)} if isinstance(given, str | Path) else given
+
+    @property
+    def file(self) -> Path | None:
+        """The JSONL file, seen from here or from the clone; None: a data set on the hub."""
+        found = find(self.path)
+        return found or (Path(self.path) if self.path.endswith(".jsonl") else None)
+
+
+class Data(Section):
+    """Problems; empty: what stage 00 writes."""
+
+    traces: Source | None = Field(None, description="worked traces to annotate")
+    test: Source | None = Field(None, description="unseen problems")
 
 
 class Annotate(Section):
@@ -343,17 +365,17 @@ class Params(Section):
         return self._resolve(self.pair.big, "big")
 
     @property
-    def traces(self) -> Path:
-        return self._data(self.data.traces, "traces.jsonl")
+    def traces(self) -> Source:
+        return self.data.traces or Source(path=str(self.where("00_arith_pair") / "traces.jsonl"))
 
     @property
-    def test(self) -> Path:
-        return self._data(self.data.test, "test.jsonl")
+    def test(self) -> Source:
+        return self.data.test or Source(path=str(self.where("00_arith_pair") / "test.jsonl"))
 
     @property
     def dataset(self) -> str:
         """Name of the test problems."""
-        return "arith" if self.data.test is None else self.test.stem
+        return "arith" if self.data.test is None else Path(self.test.path).stem
 
     @property
     def annotated(self) -> Path:
@@ -363,11 +385,6 @@ class Params(Section):
         path = spec.path or str(self.where("00_arith_pair") / name)
         local = find(path)
         return spec.model_copy(update={"path": str(local) if local else path})
-
-    def _data(self, given: str | None, name: str) -> Path:
-        if given is None:
-            return self.where("00_arith_pair") / name
-        return find(given) or Path(given)
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from srlib import SrlibError, engine, memory, problems
-from srlib.params import ROOT, Params, find, from_notebook, nearest
+from srlib.params import ROOT, Params, Source, find, from_notebook, nearest
 
 NOTEBOOKS = ROOT / "notebooks"
 IGNORED = {".ipynb_checkpoints", "merged"}  # folders; vLLM serves an adapter merged into its model
@@ -282,8 +282,8 @@ def _artefacts(p: Params) -> dict[str, _Artefact]:
     own_pair = p.pair.small.path is not None and p.pair.big.path is not None
     return {
         "pair": _Artefact((p.small.path, p.big.path), lambda: (engine.check(p.small), engine.check(p.big)), own_pair),
-        "traces": _Artefact((p.traces,), lambda: problems.load(p.traces), p.data.traces is not None),
-        "test": _Artefact((p.test,), lambda: problems.load(p.test), p.data.test is not None),
+        "traces": _Artefact((p.traces.file or p.traces.path,), lambda: _readable(p.traces), p.data.traces is not None),
+        "test": _Artefact((p.test.file or p.test.path,), lambda: _readable(p.test), p.data.test is not None),
         "annotated": _Artefact((p.annotated,), lambda: problems.read_jsonl(p.annotated, Annotated)),
         "adapter": _Artefact(
             (p.tuned.adapter or p.tuned.path,), lambda: engine.check(p.tuned), p.pair.tuned is not None
@@ -291,6 +291,10 @@ def _artefacts(p: Params) -> dict[str, _Artefact]:
         "reinforced": _Artefact((p.reinforced.adapter,), lambda: engine.check(p.reinforced)),
         "sweep": _Artefact((p.run_dir / "sweep.json",), lambda: _there(p.run_dir / "sweep.json")),
     }
+
+
+def _readable(source: Source) -> None:
+    problems.load(source, None if source.file else 1)  # of a data set on the hub one row will do
 
 
 def _there(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Problems and worked traces in one schema, and the JSONL files they live in."""
+"""Problems and worked traces in one schema, from JSONL files and from the hub."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from srlib import SrlibError
+from srlib.params import Source
 
 
 class Problem(BaseModel):
@@ -26,31 +27,73 @@ class Problem(BaseModel):
     meta: dict[str, Any] = {}
 
 
-Row = TypeVar("Row", bound=BaseModel)
+Row = TypeVar("Row", BaseModel, dict)
 
 
-def load(source: str | Path, n: int | None = None, seed: int = 0) -> list[Problem]:
-    """Problems of a JSONL file with the fields of `Problem`.
+def load(source: Source | str | Path, n: int | None = None, seed: int = 0) -> list[Problem]:
+    """Problems of a JSONL file or of a data set on the hub.
+
+    Without `columns` the rows have just the fields of `Problem`; with them the fields are read
+    from the columns named, others are left alone, and a row without an id gets its number.
 
     Args:
-        source: path of the file.
-        n: how many to draw without replacement, in random order; None: all, in order.
+        source: a `Source`, or a path alone.
+        n: how many to draw without replacement, in random order (of a data set on the hub, which
+            is streamed: out of a window of 10,000 rows); None: all, in order.
         seed: of the draw.
 
     Raises:
-        SrlibError: no such file, a broken line (its number is named), an empty set, or fewer
-            than `n` problems.
+        SrlibError: no such file or data set, a broken line or row (its number is named), an empty
+            set, or fewer than `n` problems.
     """
-    rows = read_jsonl(source, Problem)
-    if n is None:
-        return rows
-    if n > len(rows):
-        raise SrlibError(f"{source} holds {len(rows)} problems, fewer than the {n} asked for.")
-    return random.Random(seed).sample(rows, n)
+    source = source if isinstance(source, Source) else Source(path=str(source))
+    if source.file is not None:
+        if source.columns:
+            rows = [_mapped(row, i, source) for i, row in enumerate(read_jsonl(source.file, dict))]
+        else:
+            rows = read_jsonl(source.file, Problem)
+        if n is not None and n <= len(rows):
+            rows = random.Random(seed).sample(rows, n)
+    else:
+        stream = hub_rows(source)
+        stream = stream if n is None else stream.shuffle(seed, buffer_size=10_000).take(n)
+        rows = [_mapped(row, i, source) for i, row in enumerate(stream)]
+    if n is not None and n > len(rows):
+        raise SrlibError(f"{source.path} holds {len(rows)} problems, fewer than the {n} asked for.")
+    return rows
+
+
+def hub_rows(source: Source):
+    """The rows of a data set on the hub as they are there, streamed.
+
+    Raises:
+        SrlibError: the hub has no such data set, configuration or split, or is not reached.
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.path, source.config, split=source.split, streaming=True)
+    except (OSError, ValueError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
+        reason = str(error).splitlines()[0]
+        raise SrlibError(f"{source.path} is no file here, and the hub gave no such data set: {reason}") from None
+
+
+def _mapped(row: dict[str, Any], number: int, source: Source) -> Problem:
+    """The problem in a row whose columns have other names."""
+    columns = {field: source.columns.get(field, field) for field in ("id", "prompt", "answer", "trace")}
+    missing = [columns[field] for field in ("prompt", "answer") if row.get(columns[field]) is None]
+    if missing:
+        raise SrlibError(
+            f"{source.path}, row {number + 1} has no column {missing[0]!r}; it has {', '.join(row)}. "
+            "Name the right one in `columns`."
+        )
+    values = {field: row.get(column) for field, column in columns.items()}
+    values["id"] = number if values["id"] is None else values["id"]
+    return Problem(**{field: None if value is None else str(value) for field, value in values.items()})
 
 
 def read_jsonl(path: str | Path, row: type[Row]) -> list[Row]:
-    """Every line of `path` as a `row`.
+    """Every line of `path` as a `row`: a model of pydantic, or a plain dict.
 
     Raises:
         SrlibError: no such file, an empty file, or a line that is no such row (its number is named).
@@ -58,13 +101,13 @@ def read_jsonl(path: str | Path, row: type[Row]) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise SrlibError(f"There is no file {path}.")
-    rows = []
+    rows, adapter = [], TypeAdapter(row)
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                rows.append(row.model_validate_json(line))
+                rows.append(adapter.validate_json(line))
             except ValidationError as error:
                 first = error.errors()[0]
                 field = ".".join(map(str, first["loc"]))

@@ -4,6 +4,7 @@ import pytest
 
 from srlib import SrlibError, problems
 from srlib.annotate import Annotated
+from srlib.params import Source
 from srlib.problems import Problem
 
 
@@ -59,3 +60,37 @@ def test_annotated_spans_are_checked(tmp_path):
 
 def test_prompts_go_through_the_chat_template(tokenizer):
     assert problems.encode_prompt(tokenizer, "1+2?") == tokenizer.encode("1+2?")
+
+
+def test_columns_of_other_names(tmp_path):
+    path = problems.write_jsonl(tmp_path / "x.jsonl", [{"question": "1+1?", "target": 2.0, "level": 1}])
+    source = Source(path=str(path), columns={"prompt": "question", "answer": "target"})
+    assert problems.load(source) == [Problem(id="0", prompt="1+1?", answer="2.0")]
+    with pytest.raises(SrlibError, match=r"x.jsonl, row 1 has no column 'problem'; it has question, target, level"):
+        problems.load(Source(path=str(path), columns={"prompt": "problem"}))
+
+
+def test_a_data_set_on_the_hub_is_streamed_and_mapped(monkeypatch):
+    from datasets import Dataset
+
+    asked = []
+
+    def load_dataset(*args, **settings):
+        asked.append((args, settings))
+        rows = Dataset.from_list([{"uuid": f"u{i}", "problem": f"{i}?", "answer": str(i)} for i in range(9)])
+        return rows.to_iterable_dataset()
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    source = Source(path="some/traces", config="default", columns={"id": "uuid", "prompt": "problem"})
+    assert problems.load(source)[3] == Problem(id="u3", prompt="3?", answer="3")
+    assert asked == [(("some/traces", "default"), {"split": "train", "streaming": True})]
+    drawn = problems.load(source, 4, seed=1)
+    assert drawn == problems.load(source, 4, seed=1) != problems.load(source, 4, seed=2) and len(drawn) == 4
+    with pytest.raises(SrlibError, match="some/traces holds 9 problems, fewer than the 10"):
+        problems.load(source, 10)
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(SrlibError, match="some/traces is no file here, and the hub gave no such data set"):
+        problems.load(Source(path="some/traces"))
