@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -38,7 +39,7 @@ from srlib.policies import Learned, Never
 from srlib.problems import Problem
 from srlib.problems import load as load_problems
 from srlib.rewards import REWARDS, Rollout, Targets, weights
-from srlib.sft import ready_for_trl, save_adapter
+from srlib.sft import ready_for_trl, save_adapter, write_adapter
 
 
 def train(
@@ -50,6 +51,7 @@ def train(
     speed: PairSpeed,
     seed: int,
     folder: Path,
+    rollout_small: ModelSpec | None = None,
 ) -> list[dict]:
     """Train the adapter of `tuned` further; it goes to `folder/adapter`, sampled completions to `folder/samples.jsonl`.
 
@@ -59,6 +61,7 @@ def train(
         tuned: the small model with the adapter of stage 02.
         big: engine of the big model; never trained.
         speed: the latency model of the reward.
+        rollout_small: the small model on vLLM, where it is to write the rollouts.
 
     Returns:
         the trainer's log, a record a step: `reward`, `offload_share`, and each reward's mean.
@@ -103,13 +106,22 @@ def train(
         rollout_func=rollouts,
         callbacks=[_Progress()],
     )
+    if rollout_small is not None:
+        # In the place of TRL's own vLLM: TRL has it synchronised before each batch of rollouts, and corrects the
+        # loss for what is sampled there with slightly other probabilities.
+        rollouts.vllm = _Synchronised(trainer, rollout_small, rollouts.offload.batch_size, folder / "rollouts")
+        trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, rollouts.vllm, -1
     trainer.remove_callback(PrinterCallback)
     checkpoint = get_last_checkpoint(folder / "trainer") if (folder / "trainer").is_dir() else None
     if trainer.accelerator.is_main_process:
         rollouts.forget_from(int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # at every checkpoint
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            if rollouts.vllm is not None:
+                rollouts.vllm.close()
     log = [record for record in trainer.state.log_history if "reward" in record]
     if trainer.accelerator.is_main_process:
         save_adapter(trainer, folder)
@@ -117,8 +129,16 @@ def train(
     return log
 
 
+def run(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
+    """`train` as the params ask for it, in this process."""
+    big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None
+    tasks = load_problems(p.traces, p.grpo.n_problems, p.seed)
+    small = p.rollout_small if p.grpo.use_vllm else None
+    return train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, folder, small)
+
+
 def launch(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
-    """`train` in `grpo.processes` processes; their screen is streamed to this one.
+    """`run` in `grpo.processes` processes; their screen is streamed to this one.
 
     Each process writes and trains on its part of every batch. On GPUs they start under
     `accelerate launch`, with the configuration `grpo.accelerate_config` (DeepSpeed, FSDP) if one
@@ -161,10 +181,8 @@ def _work(job: Path) -> None:
         torch.set_num_threads(p.threads)
     set_seed(p.seed)
     speed = PairSpeed(**{**given["speed"], **{side: Speed(**given["speed"][side]) for side in ("small", "big")}})
-    tasks = load_problems(p.traces, p.grpo.n_problems, p.seed)
     PartialState()  # makes this process's GPU the current one, on which models are loaded
-    big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None
-    train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, Path(given["folder"]))
+    run(p, speed, Path(given["folder"]))
 
 
 class Rollouts:
@@ -177,6 +195,7 @@ class Rollouts:
         self.offload = offload.model_copy(update={"batch_size": config.rollouts_at_once or offload.batch_size})
         self.answers = {problem.prompt: problem.answer for problem in problems}
         self.seed, self.samples = seed, samples
+        self.vllm: _Synchronised | None = None  # writes the small model's part; None: the model that is trained does
 
     def forget_from(self, step: int) -> None:
         """Drop samples of `step` and later: a run taken up from a checkpoint writes them again."""
@@ -185,12 +204,10 @@ class Rollouts:
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         step = trainer.state.global_step
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            training = model.training
-            model.eval()
-            small = TransformersEngine(model, self.tokenizer, slots=min(len(prompts), self.offload.batch_size))
-            traces = self.write(small, prompts, step)
-            model.train(training)
+        if self.vllm is not None:
+            traces = self.write(self.vllm.engine, prompts, step)
+        else:
+            traces = self.write_with(trainer, prompts, step)
         rollouts = [self.rollout(prompt, trace) for prompt, trace in zip(prompts, traces)]
         if trainer.accelerator.is_main_process and step % self.config.sample_every == 0:
             with self.samples.open("a", encoding="utf-8") as file:
@@ -199,6 +216,16 @@ class Rollouts:
                         json.dumps({"step": step, "text": r.text, "correct": r.correct, "share": r.share}) + "\n"
                     )
         return {**self.columns(traces), "rollout": rollouts}
+
+    def write_with(self, trainer: GRPOTrainer, prompts: list[str], step: int) -> list[Trace]:
+        """`write` with the model that is trained, as it is now."""
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            training = model.training
+            model.eval()
+            small = TransformersEngine(model, self.tokenizer, slots=min(len(prompts), self.offload.batch_size))
+            traces = self.write(small, prompts, step)
+            model.train(training)
+        return traces
 
     def columns(self, traces: list[Trace]) -> dict[str, list]:
         """What TRL trains on: in each row ids, log-probabilities and mask run in parallel."""
@@ -210,7 +237,7 @@ class Rollouts:
             "env_mask": [[int(o) for o in os] for os in own],
         }
 
-    def write(self, small: TransformersEngine, prompts: list[str], step: int) -> list[Trace]:
+    def write(self, small, prompts: list[str], step: int) -> list[Trace]:
         """One trace a prompt, with the current weights; the seed moves on with the step."""
         alone = self.config.rollout == "self"
         settings = self.offload.settings
@@ -243,6 +270,47 @@ class Rollouts:
             max_tokens=self.offload.max_tokens,
             tokens=len(trace.ids),
         )
+
+
+class _Synchronised:
+    """The small model on vLLM, which takes on what has been trained before each batch of rollouts.
+
+    The adapter is merged into the weights on disk, as for inference, and vLLM reads them from there: some seconds
+    for a model of 1.5B. A server reads them once for all training processes.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, spec: ModelSpec, slots: int, folder: Path) -> None:
+        self.trainer, self.spec, self.slots, self.folder = trainer, spec, slots, folder
+        self.engine = None
+
+    def sync_weights(self) -> None:
+        """Called by TRL."""
+        from srlib.engine import vllm
+
+        accelerator, merged = self.trainer.accelerator, self.folder / "merged"
+        first = accelerator.is_main_process
+        if first:
+            write_adapter(self.trainer, self.folder)
+            vllm.merge(self.spec.model_copy(update={"adapter": str(self.folder)}))
+        accelerator.wait_for_everyone()
+        if self.engine is None:
+            device = self.spec.device
+            if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+                device = str(accelerator.device)
+            own = {"path": str(merged), "adapter": None, "device": device}
+            self.engine = engine.load(self.spec.model_copy(update=own), self.slots)
+            if not self.spec.url:
+                return
+        if first or not self.spec.url:
+            self.engine.reload(merged)
+        accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """End vLLM and drop the merged weights."""
+        if self.engine is not None:
+            self.engine.shutdown()
+        if self.trainer.accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _for_trl(name: str, targets: Targets, logs: bool):

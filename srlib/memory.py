@@ -219,10 +219,13 @@ def models(p: Params, stage: str) -> dict[str, _Model]:
     needless = p.grpo.rollout == "self" and p.latency.source != "calibrate"
     if stage == "02_sft" or (stage == "03_grpo" and needless):
         del specs["big"]
+    if stage == "03_grpo" and p.grpo.use_vllm:
+        specs["rollouts"] = p.rollout_small
     return {side: _Model(p, spec, _shape(p, spec, side)) for side, spec in specs.items()}
 
 
 def _shape(p: Params, spec: ModelSpec, side: str) -> Shape:
+    side = "big" if side == "big" else "small"
     if spec.path != str(p.where("00_arith_pair") / side):
         return shape(spec.path)
     a = getattr(p.arith, side)  # 100: printable ASCII, the end, two tags of thought and two of this method
@@ -246,7 +249,7 @@ def _needs(p: Params, stage: str) -> Iterator[Need]:
         places = [(own, served)]
         if workers > 1 and not model.spec.url:  # a copy in each process, on a GPU of its own
             copies = [(own if own == ["cpu"] else [f"cuda:{i}"], i + 1) for i in range(workers)]
-            places = copies if trained else places + copies
+            places = places + copies if side == "big" else copies
         together = slots * (workers if model.spec.url else 1)
         length = min(p.sft.max_length, model.shape.context)  # of a worked trace
         parts = {"weights": model.weights(), "caches": model.caches(together)}
@@ -258,6 +261,8 @@ def _needs(p: Params, stage: str) -> Iterator[Need]:
             c = p.sft if stage == "02_sft" else p.grpo
             batch = c.batch_size if stage == "02_sft" else c.batch_size // workers // c.gradient_accumulation_steps
             length = length if stage == "02_sft" else model.tokens
+            if p.grpo.use_vllm and stage == "03_grpo":  # another copy writes
+                parts["caches"], active = 0.0, 0.0
             parts["training"] = TRAINABLE * model.shape.lora(p.sft.lora_rank)
             active = max(active, model.training(batch, length, c.gradient_checkpointing))
         for devices, process in places:
@@ -298,8 +303,13 @@ def faults(p: Params, stage: str) -> list[str]:
     for side, model in models(p, stage).items():
         if model.spec.kv_cache_gb and model.devices() and sequences(model) < 1:
             one, given = model.cache(model.tokens) / GIB / len(model.devices()), model.spec.kv_cache_gb
-            found.append(f"one sequence takes {one:.2f} GiB, and pair.{side}.kv_cache_gb is {given:g}")
+            found.append(f"one sequence takes {one:.2f} GiB, and {_cache_key(side)} is {given:g}")
     return found
+
+
+def _cache_key(side: str) -> str:
+    """The parameter for the size of a model's KV cache."""
+    return "grpo.vllm_kv_cache_gb" if side == "rollouts" else f"pair.{side}.kv_cache_gb"
 
 
 def sequences(model: _Model) -> int:
@@ -380,7 +390,7 @@ def _knobs(p: Params, stage: str) -> Iterator[tuple[str, list[Any]]]:
     for side in held:
         if size := held[side].spec.kv_cache_gb:
             one = held[side].cache(held[side].tokens) / GIB / max(1, len(held[side].devices()))
-            yield f"pair.{side}.kv_cache_gb", [round(x * one + 0.05, 1) for x in (64, 16, 4, 1) if x * one != size]
+            yield _cache_key(side), [round(x * one + 0.05, 1) for x in (64, 16, 4, 1) if x * one != size]
     if not p.offload.stream_chunk:
         yield "offload.stream_chunk", [256]
     at_once = "grpo.rollouts_at_once" if stage == "03_grpo" and p.grpo.rollouts_at_once else "offload.batch_size"
@@ -422,9 +432,9 @@ def _about(side: str, model: _Model) -> str:
     count = f"{size / 1e9:.3f} billion" if size > 1e8 else f"{size:,}"
     how = spec.quantization if spec.quantization != "none" else f"{8 * model.bytes} bits"
     lines = (
-        f"{side:<6}{spec.path.removeprefix(f'{ROOT}/')}: {count} parameters, {how}, {model.weights() / GIB:.2f} GiB, ",
+        f"{side:<9}{spec.path.removeprefix(f'{ROOT}/')}: {count} parameters, {how}, {model.weights() / GIB:.2f} GiB, ",
         f"{spec.engine}{' server' if spec.url else ''} on {where}\n",
-        f"      a sequence of {model.tokens:,} tokens takes {model.cache(model.tokens) / GIB:.2f} GiB of KV cache",
+        f"         a sequence of {model.tokens:,} tokens takes {model.cache(model.tokens) / GIB:.2f} GiB of KV cache",
         f", and the cache holds {sequences(model)} of them" if spec.kv_cache_gb else "",
     )
     return "".join(lines)

@@ -192,6 +192,11 @@ class Grpo(Section):
     gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a batch is trained on")
     gradient_checkpointing: bool = Field(False, description="keep less of the forward pass, and compute it again")
     rollouts_at_once: int = Field(0, ge=0, description="written at the same time by a process; 0: offload.batch_size")
+    use_vllm: bool = Field(False, description="vLLM writes the small model's part of the rollouts")
+    vllm_url: str | None = Field(
+        None, description="use_vllm: a server of the small model; empty: loaded beside training, in each process"
+    )
+    vllm_kv_cache_gb: float | None = Field(None, gt=0, description="use_vllm: size of the KV cache in GiB")
     processes: int = Field(1, ge=1, description="more than one: under `accelerate launch`, or torchrun on a CPU")
     accelerate_config: str | None = Field(None, description="file for `accelerate launch`; empty: plain data parallel")
     learning_rate: float = Field(2e-4, gt=0)
@@ -211,6 +216,8 @@ class Grpo(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of processes × gradient_accumulation_steps = {parts}"
             )
+        if not self.use_vllm and (self.vllm_url or self.vllm_kv_cache_gb):
+            raise ValueError("vllm_url and vllm_kv_cache_gb need use_vllm: true")
         if self.accelerate_config and find(self.accelerate_config) is None:
             raise ValueError(f"there is no file {self.accelerate_config} (accelerate_config)")
         for name in self.reward_weights:
@@ -317,6 +324,15 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     bench: Bench = Bench()
 
+    @model_validator(mode="after")
+    def _rollouts_can(self) -> Params:
+        if self.grpo.use_vllm and self.pair.small.quantization != "none":
+            raise ValueError(
+                f"grpo.use_vllm merges what is trained into the weights, and pair.small.quantization is "
+                f"{self.pair.small.quantization}; set one to false or the other to none"
+            )
+        return self
+
     @property
     def left_out(self) -> tuple[str, ...]:
         """Stages that make the tuned small model, where one is given."""
@@ -359,6 +375,14 @@ class Params(Section):
     def reinforced(self) -> ModelSpec:
         """The small model with the adapter of stage 03 on top."""
         return self.small.model_copy(update={"adapter": str(self.where("03_grpo") / "adapter")})
+
+    @property
+    def rollout_small(self) -> ModelSpec:
+        """The small model as vLLM has it for the rollouts of stage 03: merged, in its stage's folder."""
+        spec, g = self.tuned, self.grpo
+        return spec.model_copy(
+            update={"engine": "vllm", "url": g.vllm_url, "kv_cache_gb": g.vllm_kv_cache_gb, "merge": True}
+        )
 
     @property
     def big(self) -> ModelSpec:

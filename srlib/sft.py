@@ -101,13 +101,18 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
 
 
 def save_adapter(trainer, folder: Path) -> None:
-    """Adapter and tokenizer to `folder/adapter`, the same bytes for the same training; checkpoints are removed."""
+    """Adapter and tokenizer to `folder/adapter`; checkpoints are removed."""
+    write_adapter(trainer, folder / "adapter")
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+
+
+def write_adapter(trainer, folder: Path) -> None:
+    """Adapter and tokenizer, the same bytes for the same training."""
     for config in trainer.model.peft_config.values():
         config.target_modules = sorted(config.target_modules)  # a set, written in any order
     # The tags' rows are saved with the adapter; the rest of the grown embeddings is the base model's.
-    trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    trainer.processing_class.save_pretrained(folder / "adapter")
-    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    trainer.model.save_pretrained(folder, save_embedding_layers=False)
+    trainer.processing_class.save_pretrained(folder)
 
 
 def ready_for_trl(model) -> None:

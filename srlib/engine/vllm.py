@@ -162,6 +162,14 @@ class VllmEngine:
         self.counters.calls += len(sequences)
         return self._wait(_gather(self._model.score(ids) for ids in sequences))
 
+    def reload(self, folder: Path) -> None:
+        """Take on the weights of the model in `folder`, which has the same shape; what was cached is forgotten.
+
+        Raises:
+            SrlibError: a server was not started with `VLLM_SERVER_DEV_MODE=1`, or cannot read the folder.
+        """
+        self._wait(self._model.reload(str(folder)))
+
     def _wait(self, work: Coroutine) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
@@ -311,6 +319,10 @@ class _Local:
         rows = next(output.prompt_logprobs for output in outputs if output.prompt_logprobs)
         return [row[i].logprob for i, row in zip(ids[1:], rows[1:])]
 
+    async def reload(self, folder: str) -> None:
+        await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        await self.llm.reset_prefix_cache()
+
     async def stop(self) -> None:
         self.llm.shutdown()
         del self.llm
@@ -353,6 +365,17 @@ class _Server:
         answer = json.loads("".join([line async for line in self._lines(ids, asked)]))
         rows = answer["choices"][0]["prompt_logprobs"]
         return [row[str(i)]["logprob"] for i, row in zip(ids[1:], rows[1:])]
+
+    async def reload(self, folder: str) -> None:
+        order = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        for path, body in (("/collective_rpc", order), ("/reset_prefix_cache", None)):
+            try:
+                (await self.client.post(path, json=body)).raise_for_status()
+            except httpx.HTTPError as error:
+                raise SrlibError(
+                    f"The server at {self.url} did not take the weights in {folder} ({error}); start it with "
+                    "VLLM_SERVER_DEV_MODE=1, where it can read that folder."
+                ) from None
 
     async def _lines(self, ids: list[int], asked: dict[str, Any]) -> AsyncIterator[str]:
         """Ask for what comes after `ids`; the lines of the answer. A server that is not there is waited for.
