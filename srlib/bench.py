@@ -33,7 +33,10 @@ COLUMNS = ("efficiency", "with_reading", "reread_share", "small_share", "big_sha
 
 
 def run(p: Params) -> dict[str, Any]:
-    """Measure what `p.bench` asks for; the first run of each policy warms up, the rest give medians.
+    """Measure what `p.bench` asks for, in rounds: the first warms up, the rest give medians.
+
+    Every policy runs once a round and is compared with the models alone in the same round, so that what
+    else the machine does meanwhile falls on all of them.
 
     Returns:
         `rows`, one a batch size and policy: tokens, `offload_share`, `seconds`, `tokens_per_s`,
@@ -53,38 +56,29 @@ def run(p: Params) -> dict[str, Any]:
     tasks = problems.load(p.test)
     prompts = [tasks[i % len(tasks)].prompt for i in range(n)]
     rows, checks = [], []
-    steps = len(p.bench.batch_sizes) * (len(policies) + 1)
+    steps = len(p.bench.batch_sizes) * (len(policies) + (not small.running)) * (p.bench.repeats + 1)
     bar = tqdm(total=steps, desc="bench", unit="policy")
     for batch in p.bench.batch_sizes:
         asked = prompts[: batch * p.bench.traces_per_slot]
-        alone: dict[str, float] = {}
         prefill = {
             side: latency.calibrate(e, batch, repeats=p.bench.repeats).prefill
             for side, e in (("small", small), ("big", big))
         }
-        for policy, one, other in policies:
-            settings = p.offload.settings | {"max_tokens": p.bench.max_tokens, "batch_size": batch}
-            writer = Offloader(one, other, policy, **settings, seed=p.seed)
-            row = _median([_measure(writer, asked) for _ in range(p.bench.repeats + 1)][1:])
-            if policy.name in ("small", "big"):
-                alone[policy.name] = row["seconds"] / (row["small_tokens"] + row["big_tokens"])
-            ideal = row["small_tokens"] * alone["small"] + row["big_tokens"] * alone.get("big", 0.0)
-            rows.append(
-                {
-                    "batch": batch,
-                    "policy": policy.name,
-                    **row,
-                    "speed": alone["small"] * row["tokens_per_s"],
-                    "efficiency": ideal / row["seconds"],
-                    "with_reading": (ideal + sum(row[f"{s}_read"] * prefill[s] for s in prefill)) / row["seconds"],
-                }
-            )
-            bar.update()
+        settings = p.offload.settings | {"max_tokens": p.bench.max_tokens, "batch_size": batch}
+        writers = [Offloader(one, other, policy, **settings, seed=p.seed) for policy, one, other in policies]
+        rounds = []
+        for _ in range(p.bench.repeats + 1):
+            measured = {}
+            for writer in writers:
+                measured[writer.policy.name] = _measure(writer, asked)
+                bar.update()
+            if not small.running:
+                measured["generate"] = _generate(small, asked, batch, p)
+                bar.update()
+            rounds.append(_relative(measured, prefill))
+        rows += [{"batch": batch, "policy": name, **_median([r[name] for r in rounds[1:]])} for name in rounds[0]]
         if not small.running:
-            rows.append({"batch": batch, "policy": "generate", **_generate(small, asked, batch, p)})
-            rows[-1]["speed"] = alone["small"] * rows[-1]["tokens_per_s"]
             checks.append({"batch": batch, **_closing_check(small, asked[:batch], p)})
-        bar.update()
     bar.close()
     return {"rows": rows, "closing_check": checks, "tuned": tuned.adapter is not None or p.pair.tuned is not None}
 
@@ -166,6 +160,26 @@ def _tokens(traces: list[Trace]) -> dict[str, float]:
     }
 
 
+def _relative(measured: dict[str, dict[str, float]], prefill: dict[str, float]) -> dict[str, dict[str, float]]:
+    """The measurements of a round, with what each is worth beside the models alone.
+
+    Args:
+        prefill: seconds a token that is read, by side.
+    """
+    alone = {
+        name: row["seconds"] / (row["small_tokens"] + row["big_tokens"])
+        for name, row in measured.items()
+        if name in ("small", "big")
+    }
+    for name, row in measured.items():
+        row["speed"] = alone["small"] * row["tokens_per_s"]
+        if name != "generate":
+            ideal = sum(row[f"{side}_tokens"] * alone[side] for side in alone)
+            reading = sum(row[f"{side}_read"] * prefill[side] for side in prefill)
+            row |= {"efficiency": ideal / row["seconds"], "with_reading": (ideal + reading) / row["seconds"]}
+    return measured
+
+
 def _median(runs: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
@@ -174,25 +188,23 @@ def _median(runs: list[dict[str, float]]) -> dict[str, float]:
 def _generate(small, prompts: list[str], batch: int, p: Params) -> dict[str, float]:
     """The small model through transformers' own `generate`, `batch` prompts at a time, greedy."""
     encoded = [encode_prompt(small.tokenizer, prompt) for prompt in prompts]
-    eos, runs = sorted(small.eos), []
+    eos = sorted(small.eos)
     small.model.set_attn_implementation("sdpa")
-    for _ in range(p.bench.repeats + 1):
-        tokens, start = 0, time.perf_counter()
-        for at in range(0, len(encoded), batch):
-            part = encoded[at : at + batch]
-            width = max(map(len, part))
-            ids = torch.tensor([[eos[0]] * (width - len(x)) + x for x in part], device=small.device)
-            mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in part], device=small.device)
-            out = small.model.generate(
-                ids, attention_mask=mask, max_new_tokens=p.bench.max_tokens, do_sample=False, pad_token_id=eos[0]
-            )[:, width:].tolist()
-            for row in out:
-                ends = [i for i, token in enumerate(row) if token in small.eos]
-                tokens += ends[0] + 1 if ends else len(row)
-        seconds = time.perf_counter() - start
-        runs.append({"small_tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds})
+    tokens, start = 0, time.perf_counter()
+    for at in range(0, len(encoded), batch):
+        part = encoded[at : at + batch]
+        width = max(map(len, part))
+        ids = torch.tensor([[eos[0]] * (width - len(x)) + x for x in part], device=small.device)
+        mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in part], device=small.device)
+        out = small.model.generate(
+            ids, attention_mask=mask, max_new_tokens=p.bench.max_tokens, do_sample=False, pad_token_id=eos[0]
+        )[:, width:].tolist()
+        for row in out:
+            ends = [i for i, token in enumerate(row) if token in small.eos]
+            tokens += ends[0] + 1 if ends else len(row)
+    seconds = time.perf_counter() - start
     small.model.set_attn_implementation(small.attention)
-    return _median(runs[1:])
+    return {"small_tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
 
 
 def _closing_check(small, prompts: list[str], p: Params) -> dict[str, float]:
