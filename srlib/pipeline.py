@@ -267,6 +267,12 @@ class Manifest:
         write_json(self.path, {"run": self.p.run, "seed": self.p.seed, "stages": self.stages})
 
 
+def fingerprint(p: Params, stage: str) -> str:
+    """What a stage's results depend on, its notebook apart: parameters and what it reads, as 16 hex digits."""
+    key = {name: value for name, value in Manifest(p)._key(stage).items() if name != "notebook"}
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class _Artefact:
     """What stages read: where it lies, how it is checked, and whether the user named it instead."""
