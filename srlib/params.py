@@ -167,9 +167,13 @@ class Sft(Section):
 class Latency(Section):
     """Where the seconds of the latency model come from."""
 
-    source: Literal["a6000", "calibrate"] = Field("a6000", description="a named table, or measured on this machine")
+    source: Literal["a6000", "calibrate", "roofline"] = Field(
+        "a6000", description="a named table, measured on this machine, or from the data sheet of a GPU"
+    )
     small: str = Field("1.5B", description="the table's model that stands for the small one")
     big: str = "32B"
+    gpu: str = Field("h100", description="roofline: the GPU, as srlib/costs.py names it")
+    devices: int = Field(1, ge=1, description="roofline: GPUs that share every layer of the big model")
     handover_s: float = Field(0.0, ge=0, description="seconds a hand-over costs on top")
 
 
