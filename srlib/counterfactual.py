@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from srlib import spans, stats
-from srlib.grade import grade
+from srlib.benchmarks import verdict
 from srlib.offload import Offloader
 from srlib.params import Offload
 from srlib.policies import Learned
@@ -75,19 +75,19 @@ def table(rows: Sequence[dict[str, Any]], by: str | None = None) -> pd.DataFrame
     for row in rows:
         groups[row[by] if by else "all"].append(row)
     lines = []
-    for name in sorted(groups):
-        some = groups[name]
-        line: dict[str, Any] = {by or "requests": name, "n": len(some), "problems": len({r["id"] for r in some})}
-        for verdict in dict.fromkeys(VERDICTS.values()):
-            e = stats.proportion([r["verdict"] == verdict for r in some], [r["id"] for r in some])
-            line[verdict] = f"{e.value:.1%} [{e.low:.1%}, {e.high:.1%}]"
+    for group in sorted(groups):
+        some = groups[group]
+        line: dict[str, Any] = {by or "requests": group, "n": len(some), "problems": len({r["id"] for r in some})}
+        for name in dict.fromkeys(VERDICTS.values()):
+            e = stats.proportion([r["verdict"] == name for r in some], [r["id"] for r in some])
+            line[name] = f"{e.value:.1%} [{e.low:.1%}, {e.high:.1%}]"
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def _row(problem: Problem, record: dict, request: int, trace, config: Offload, tokenizer) -> dict[str, Any]:
     start, tokens, _ = record["handovers"][request]
-    verdict = grade(trace.text(tokenizer), problem.answer, problem.prompt + config.hint)
+    found = verdict(trace.text(tokenizer), problem, config.hint)
     before = tokenizer.decode(trace.ids[:start])
     at = len(before)
     # the span of the refused request, as far as the small model closed it
@@ -103,8 +103,8 @@ def _row(problem: Problem, record: dict, request: int, trace, config: Offload, t
         "big": _until_close(record["text"][at:]),
         "small": tokenizer.decode(rest[:own]),
         "correct": record["correct"],
-        "correct_without": verdict.correct,
-        "verdict": VERDICTS[record["correct"], verdict.correct],
+        "correct_without": found.correct,
+        "verdict": VERDICTS[record["correct"], found.correct],
         "same_start": record["text"].startswith(before.rstrip("\ufffd")),
     }
 

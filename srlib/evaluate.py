@@ -18,7 +18,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from srlib import SrlibError, spans, stats
-from srlib.grade import grade
+from srlib.benchmarks import verdict
 from srlib.offload import Offloader, Trace
 from srlib.params import Offload
 from srlib.policies import Policy
@@ -194,5 +194,5 @@ def _grade(records: Sequence[dict[str, Any]], problems: dict[str, Problem], hint
         problem, text = problems[record["id"]], spans.strip(record["text"])
         for token in special:
             text = text.replace(token, "")
-        verdict = grade(text, problem.answer, problem.prompt + hint)
-        record |= {"correct": verdict.correct, "answer": verdict.answer, "reason": verdict.reason}
+        found = verdict(text, problem, hint)
+        record |= {"correct": found.correct, "answer": found.answer, "reason": found.reason}
