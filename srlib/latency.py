@@ -185,7 +185,7 @@ def _paper(pair: PairSpeed, share: float, prompt: int, decode: int, chunk: int, 
         causes[f"{name} waits"] = chunks[name] * chunk * hidden
     seconds = sum(causes.values())
     work = {name: chunks[name] * chunk * speeds[name].decode for name in involved}
-    return Simulation(seconds, [seconds], work, causes)
+    return Simulation(seconds, [seconds], [seconds], work, causes)
 
 
 def check(

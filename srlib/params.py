@@ -177,6 +177,12 @@ class Latency(Section):
     gpu: str = Field("h100", description="roofline: the GPU, as srlib/costs.py names it")
     devices: int = Field(1, ge=1, description="roofline: GPUs that share every layer of the big model")
     handover_s: float = Field(0.0, ge=0, description="seconds a hand-over costs on top")
+    prompt: int = Field(512, ge=1, description="07: tokens of a prompt in what is simulated")
+    decode: int = Field(4096, ge=16, description="07: tokens of a trace")
+    span: int = Field(128, ge=1, description="07: tokens the big model writes in a row")
+    gpu_hour: float = Field(2.0, gt=0, description="07: price of a GPU for an hour, in any currency")
+    gpus: list[int] = Field([1, 8, 1000], min_length=1, description="07: numbers of GPUs to plan for")
+    n_check: int = Field(12, ge=1, description="07: problems on which prediction and clock are compared")
 
 
 REWARD_NAMES = ("accuracy", "scaffold", "tag_count", "coverage", "latency", "help_seeking", "overlong")

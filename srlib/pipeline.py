@@ -47,6 +47,7 @@ STAGES = {
         Stage("04_offload", ("offload",), ("pair", "adapter", "test")),
         Stage("05_evaluate", ("offload", "evaluate"), ("pair", "adapter", "reinforced", "test")),
         Stage("06_reward_ablation", (), ("sweep",)),
+        Stage("07_latency", ("offload", "latency", "bench"), ("pair", "adapter", "test", "results")),
     )
 }
 MAKERS = {
@@ -57,6 +58,7 @@ MAKERS = {
     "adapter": "02_sft",
     "reinforced": "03_grpo",
     "sweep": "sweep",
+    "results": "05_evaluate",
 }
 
 
@@ -285,6 +287,7 @@ class _Artefact:
 def _artefacts(p: Params) -> dict[str, _Artefact]:
     from srlib.annotate import Annotated
 
+    results = p.where("05_evaluate") / "results.json"
     own_pair = p.pair.small.path is not None and p.pair.big.path is not None
     return {
         "pair": _Artefact((p.small.path, p.big.path), lambda: (engine.check(p.small), engine.check(p.big)), own_pair),
@@ -295,6 +298,7 @@ def _artefacts(p: Params) -> dict[str, _Artefact]:
             (p.tuned.adapter or p.tuned.path,), lambda: engine.check(p.tuned), p.pair.tuned is not None
         ),
         "reinforced": _Artefact((p.reinforced.adapter,), lambda: engine.check(p.reinforced)),
+        "results": _Artefact((results,), lambda: _there(results)),
         "sweep": _Artefact((p.run_dir / "sweep.json",), lambda: _there(p.run_dir / "sweep.json")),
     }
 

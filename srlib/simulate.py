@@ -77,6 +77,7 @@ class Simulation:
 
     seconds: float  # until the last request is done
     latencies: list[float] = field(default_factory=list)  # of each request, from its arrival
+    served: list[float] = field(default_factory=list)  # of that, from when a slot was free for it
     by_model: dict[str, float] = field(default_factory=dict)  # at work, all replicas together
     by_cause: dict[str, float] = field(default_factory=dict)  # of that; and switching
     passes: dict[str, int] = field(default_factory=dict)
@@ -184,6 +185,7 @@ class _Active:
     job: Job
     small: _Server
     big: _Server
+    admitted: float
     steps: Generator = None
     held: list[int] = field(default_factory=lambda: [0, 0])  # tokens in each model's cache
 
@@ -199,6 +201,7 @@ class _World:
         self.queues: list[list[Job]] = [[] for _ in self.smalls]
         self.free = [pipeline.slots] * pipeline.replicas
         self.latencies: list[float] = []
+        self.served: list[float] = []
         self.busy: dict[str, float] = defaultdict(float)
         self.causes: dict[str, float] = defaultdict(float)
         self.answers: dict[str, int] = defaultdict(int)
@@ -219,7 +222,7 @@ class _World:
             elif what[1] == what[0].version:  # else it was cut short
                 (self._passes if kind == "begin" else self._end)(what[0])
         passes = {"small": sum(s.passes for s in self.smalls), "big": self.big.passes}
-        return Simulation(self.now, self.latencies, dict(self.busy), dict(self.causes), passes, dict(self.answers))
+        return Simulation(self.now, self.latencies, self.served, dict(self.busy), dict(self.causes), passes, dict(self.answers))
 
     def _at(self, time: float, kind: str, what: object) -> None:
         heapq.heappush(self.events, (time, next(self.order), kind, what))
@@ -227,7 +230,7 @@ class _World:
     def _admit(self, place: int) -> None:
         while self.queues[place] and self.free[place]:
             self.free[place] -= 1
-            active = _Active(self.queues[place].pop(0), self.smalls[place], self.big)
+            active = _Active(self.queues[place].pop(0), self.smalls[place], self.big, self.now)
             active.steps = self._write(active)
             self._advance(active)
 
@@ -242,6 +245,7 @@ class _World:
                 wait.awaited = True
                 return
         self.latencies.append(self.now - active.job.arrival)
+        self.served.append(self.now - active.admitted)
         place = self.smalls.index(active.small)
         self.free[place] += 1
         self._admit(place)
