@@ -140,3 +140,23 @@ def plan(found: Sequence[Group], counts: Sequence[int], price: float) -> list[di
                     }
                 )
     return rows
+
+
+def sentences(rows: Sequence[dict], found: Sequence[Group], load: Load, gpu: str) -> list[str]:
+    """A plan in words: for each number of GPUs what to run, and what it gains."""
+    lines = [
+        f"Problems of {load.prompt} + {load.decode} tokens, {load.share:.1%} of them by the big model, on {gpu}, at full load."
+    ]
+    for gpus in dict.fromkeys(row["GPUs"] for row in rows):
+        ours, *alone = sorted(
+            (row for row in rows if row["GPUs"] == gpus), key=lambda row: row["groups"].endswith("alone)")
+        )
+        line = f"{gpus} GPU{'s' * (gpus > 1)}: {ours['groups']} – {ours['problems / s']:.2f} problems a second"
+        if alone:
+            line += f", {ours['problems / s'] / alone[0]['problems / s']:.1f} times the big model alone"
+        lines.append(f"{line}; {ours['a thousand problems']:.2f} a thousand problems, {ours['latency (s)']:.0f} s each.")
+    mixed = [g for g in found if not g.name.endswith("alone") and g.busy["big"] >= 0.9]
+    if mixed:
+        least = min(mixed, key=lambda g: g.gpus)
+        lines.append(f"The big model is the bottleneck from {least.name} on: it is at work {least.busy['big']:.0%} of the time.")
+    return lines
