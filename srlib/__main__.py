@@ -1,11 +1,11 @@
-"""The command line: `python -m srlib run params/cpu.yaml`, and `bench`, `plan` and `sweep` in place of `run`."""
+"""The command line: `python -m srlib run params/cpu.yaml`, and `bench`, `plan`, `sweep` and `compare` in place of `run`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from srlib import SrlibError, memory, params, pipeline, sweep
+from srlib import SrlibError, memory, params, pipeline, report, sweep
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,8 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     many.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], help="such as 0,1,2")
     many.add_argument("--name", help="the sweep's folder is outputs/<run>-<name>")
     many.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    beside = commands.add_parser("compare", help="compare two runs, paired by problem")
+    beside.add_argument("a", help="folder of a run, such as outputs/cpu")
+    beside.add_argument("b", help="folder of another")
+    beside.add_argument("--policy", action="append", metavar="NAME", help="learned, or learned:grpo for A's and B's")
     chosen = parser.parse_args(arguments)
     try:
+        if chosen.command == "compare":
+            print(report.compare(chosen.a, chosen.b, chosen.policy))
+            return 0
         if chosen.command == "sweep":
             return sweep.run(sweep.plan(chosen.params, chosen.set, chosen.seeds, chosen.name), max(1, chosen.jobs))
         p = params.load(chosen.params, **dict(map(params.parse_override, chosen.set)))

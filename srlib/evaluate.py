@@ -1,79 +1,120 @@
-"""What a policy reaches: accuracy with its interval, offload share, cost, and paired comparisons."""
+"""What a policy reaches: it writes every problem, each completion is kept, and a row says how it went.
+
+Completions are appended to a file as they end. A run that was killed goes on where it was: as the
+seed of a sample depends on its problem and its number alone, it ends with what it would have ended with.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy import stats
+import pandas as pd
+from tqdm.auto import tqdm
 
-from srlib import SrlibError, spans
-from srlib.grade import grade
+from srlib import SrlibError, spans, stats
+from srlib.benchmarks import verdict
 from srlib.offload import Offloader, Trace
 from srlib.params import Offload
 from srlib.policies import Policy
-from srlib.problems import Problem
+from srlib.problems import Problem, write_jsonl
+from srlib.stats import accuracy, compare
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems and its 95 % interval, clustered by problem."""
-
-    value: float
-    low: float
-    high: float
-    n_problems: int
-    samples_per_problem: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Accuracy of a minus that of b over the same problems, its 95 % interval, and a paired p-value."""
-
-    value: float
-    low: float
-    high: float
-    p_value: float
-    n_problems: int
+__all__ = ["accuracy", "by_difficulty", "compare", "difficulty", "read", "run", "summarise"]
 
 
 def run(
     small,
     big,
     policy: Policy,
-    problems: list[Problem],
+    problems: Sequence[Problem],
     config: Offload,
     *,
     dataset: str,
     samples: int = 1,
     seed: int = 0,
+    file: Path | None = None,
+    key: str = "",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write and grade every problem `samples` times under one policy.
+    """Write and grade every problem `samples` times under one policy, all in one batched run.
+
+    Args:
+        file: completions are appended to it as they end, and those it has of the same `key` and policy are
+            not written again; None: nothing is kept.
+        key: what the completions depend on besides the policy (see `pipeline.fingerprint`).
 
     Returns:
-        the policy's row of `results.json`, and a record for each completion with its problem's
-        id, text, owners, and grade.
+        the policy's row of `results.json`, and a record for each completion with its problem's id,
+        number, text, owners, counts, and grade; ordered by problem and number.
+
+    Raises:
+        SrlibError: a trace failed; those that ended are kept.
     """
     writer = Offloader(small, big, policy, **config.settings, seed=seed)
-    asked = [problem for problem in problems for _ in range(samples)]
-    start = time.perf_counter()
-    traces = writer.run([problem.prompt for problem in asked], progress=True)
-    wall = time.perf_counter() - start
+    key = hashlib.sha256(f"{key} {policy} {seed}".encode()).hexdigest()[:16]
+    done = {(r["id"], r["sample"]): r for r in read(file) if r["key"] == key} if file else {}
+    asked = [(problem, n) for problem in problems for n in range(samples) if (problem.id, n) not in done]
+    if file and asked:
+        write_jsonl(file, done.values())  # without a line that was cut short, and without others' completions
+    out = file.open("a", encoding="utf-8") if file and asked else None
+    last = time.perf_counter()
+
+    def keep(place: int, trace: Trace) -> None:
+        nonlocal last
+        if trace.finish == "error":
+            return
+        problem, number = asked[place]
+        now = time.perf_counter()
+        record = {"id": problem.id, "sample": number, "key": key, "seconds": now - last}
+        record |= _record(trace, writer.tokenizer)
+        last, done[problem.id, number] = now, record
+        if out:
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.flush()
+
+    try:
+        prompts, numbers = [problem.prompt for problem, _ in asked], [n for _, n in asked]
+        traces = writer.run(prompts, progress=True, numbers=numbers, finished=keep)
+    finally:
+        if out:
+            out.close()
     writer.raise_if_failed(traces)
-    records = [_record(problem, trace, writer.tokenizer) for problem, trace in zip(asked, traces)]
-    return summarise(policy.name, dataset, config.max_tokens, traces, records, wall), records
+    records = [done[problem.id, n] for problem in problems for n in range(samples)]
+    _grade(records, {problem.id: problem for problem in problems}, config.hint, writer.tokenizer)
+    if file:
+        write_jsonl(file, records)
+    return summarise(policy.name, dataset, config.max_tokens, records), records
 
 
-def summarise(
-    policy: str, dataset: str, max_tokens: int, traces: list[Trace], records: list[dict], wall: float
-) -> dict[str, Any]:
-    """One row of `results.json`. Shares are of tokens or traces, times in seconds, tokens are sums."""
-    estimate = accuracy(records)
-    tokens = sum(len(trace.ids) for trace in traces)
-    return {
+def read(file: Path) -> list[dict[str, Any]]:
+    """The completions of a file, if it is there, but for a last line that was cut short.
+
+    Raises:
+        SrlibError: another line is no record.
+    """
+    records, lines = [], file.read_bytes().splitlines() if file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise SrlibError(f"{file}, line {number} is not a completion; remove the file to start anew.") from None
+    return records
+
+
+def summarise(policy: str, dataset: str, max_tokens: int, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of `results.json`. Shares are of tokens or traces, times in seconds, tokens are sums.
+
+    `wall_s` is the time from one ended trace to the next, summed: what a killed run had not finished is not in it.
+    """
+    estimate, n, k = accuracy(records), len(records), len(records) // len({r["id"] for r in records})
+    tokens, wall = sum(len(r["owners"]) for r in records), sum(r["seconds"] for r in records)
+    row = {
         "policy": policy,
         "dataset": dataset,
         "n_problems": estimate.n_problems,
@@ -81,80 +122,77 @@ def summarise(
         "max_tokens": max_tokens,
         "accuracy": estimate.value,
         "ci95": [estimate.low, estimate.high],
-        "offload_share": spans.share(traces),
-        "handovers": sum(len(trace.handovers) for trace in traces) / len(traces),
-        "truncated_share": sum(trace.finish != "eos" for trace in traces) / len(traces),
-        "malformed_share": sum(bool(trace.malformed) for trace in traces) / len(traces),
+        "offload_share": stats.share(records),
+        "share_quartiles": list(stats.share_per_problem(records)),
+        "handovers": sum(len(r["handovers"]) for r in records) / n,
+        "truncated_share": sum(r["finish"] != "eos" for r in records) / n,
+        "malformed_share": sum(r["malformed"] for r in records) / n,
         "wall_s": wall,
         "tokens_per_s": tokens / wall,
-        "small_forward_tokens": sum(trace.small_forward_tokens for trace in traces),
-        "big_forward_tokens": sum(trace.big_forward_tokens for trace in traces),
-        "least_forward_tokens": sum(trace.least_forward_tokens for trace in traces),
+        **{key: sum(r[key] for r in records) for key in FORWARD},
     }
+    if k > 1:
+        row |= {f"pass@{k}": stats.pass_at(records, k).value, f"maj@{k}": stats.maj_at(records, k).value}
+    return row
 
 
-def accuracy(records: list[dict[str, Any]]) -> Estimate:
-    """Mean over problems of the share of right samples, with a 95 % interval.
-
-    Samples of one problem are not independent, so problems are the units. The interval is
-    Wilson's (1927) at the effective number n_eff = p(1 − p) / var(mean) of independent samples;
-    with one sample a problem that is the plain Wilson interval.
-
-    Args:
-        records: each with `id` of its problem and `correct`; every problem equally often.
-
-    Raises:
-        SrlibError: no records, or problems with different numbers of samples.
-    """
-    means, samples = _by_problem(records)
-    n, p = len(means), float(means.mean())
-    variance = float(means.var(ddof=1)) / n if n > 1 else 0.0
-    effective = n if samples == 1 or variance == 0 else p * (1 - p) / variance
-    z = stats.norm.ppf(0.975)
-    centre = (p + z**2 / (2 * effective)) / (1 + z**2 / effective)
-    half = z / (1 + z**2 / effective) * (p * (1 - p) / effective + z**2 / (4 * effective**2)) ** 0.5
-    return Estimate(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n, samples)
+FORWARD = ("small_forward_tokens", "big_forward_tokens", "least_forward_tokens")
 
 
-def compare(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Difference:
-    """Paired by problem: a t-test on the differences of each problem's mean.
-
-    Raises:
-        SrlibError: the two do not hold the same problems.
-    """
-    if {r["id"] for r in a} != {r["id"] for r in b}:
-        raise SrlibError("The two sets of records hold different problems, so they cannot be paired.")
-    first, second = _by_problem(a)[0], _by_problem(b)[0]
-    value = float((first - second).mean())
-    if np.ptp(first - second) == 0:
-        return Difference(value, value, value, 1.0 if value == 0 else 0.0, len(first))
-    test = stats.ttest_rel(first, second)
-    interval = test.confidence_interval(0.95)
-    return Difference(value, float(interval.low), float(interval.high), float(test.pvalue), len(first))
+def difficulty(problem: Problem) -> str | None:
+    """How hard a problem is, by what its set says: `level`, or in the arithmetic world the number of products."""
+    if "level" in problem.meta:
+        return f"level {problem.meta['level']}"
+    if "operations" in problem.meta:
+        return f"{problem.meta['operations'].count('*')} products"
+    return None
 
 
-def _by_problem(records: list[dict[str, Any]]) -> tuple[np.ndarray, int]:
-    """Mean of each problem, in the order of their ids, and the samples of each."""
-    grades: dict[str, list[bool]] = defaultdict(list)
+def by_difficulty(records: Sequence[dict[str, Any]], problems: Sequence[Problem]) -> pd.DataFrame:
+    """Accuracy with its interval, offload share and hand-overs a trace, by `difficulty`; empty if none is known."""
+    level = {problem.id: difficulty(problem) for problem in problems}
+    groups: dict[str, list[dict]] = defaultdict(list)
     for record in records:
-        grades[record["id"]].append(record["correct"])
-    counts = {len(values) for values in grades.values()}
-    if len(counts) != 1:
-        raise SrlibError(f"Every problem needs equally many samples, but there are {sorted(counts) or 'no records'}.")
-    return np.array([np.mean(grades[key]) for key in sorted(grades)]), counts.pop()
+        if level.get(record["id"]) is not None:
+            groups[level[record["id"]]].append(record)
+    rows = []
+    for name in sorted(groups):
+        estimate = accuracy(groups[name])
+        rows.append(
+            {
+                "difficulty": name,
+                "n": estimate.n_problems,
+                "accuracy": estimate.value,
+                "low": estimate.low,
+                "high": estimate.high,
+                "offload share": stats.share(groups[name]),
+                "hand-overs": sum(len(r["handovers"]) for r in groups[name]) / len(groups[name]),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
-def _record(problem: Problem, trace: Trace, tokenizer) -> dict[str, Any]:
-    text = trace.text(tokenizer)
-    verdict = grade(text, problem.answer)
+def _record(trace: Trace, tokenizer) -> dict[str, Any]:
     return {
-        "id": problem.id,
-        "correct": verdict.correct,
-        "answer": verdict.answer,
-        "reason": verdict.reason,
         "finish": trace.finish,
         "text": tokenizer.decode(trace.ids),
         "owners": "".join("SBF"[owner] for owner in trace.owners),
+        "handovers": [[h.start, h.tokens, h.closed_by] for h in trace.handovers],
+        "malformed": bool(trace.malformed),
+        "prompt_tokens": len(trace.prompt_ids),
         "big_tokens": trace.big_tokens,
         "small_tokens": trace.small_tokens,
+        **{key: getattr(trace, key) for key in FORWARD},
     }
+
+
+def _grade(records: Sequence[dict[str, Any]], problems: dict[str, Problem], hint: str, tokenizer) -> None:
+    """Lay the verdicts into the records; those that have one keep it."""
+    special = [token for token in tokenizer.all_special_tokens if token not in (spans.OPEN, *spans.TEXT.closes)]
+    waiting = [record for record in records if "correct" not in record]
+    for record in tqdm(waiting, desc="grade", unit="completion", mininterval=1, disable=len(waiting) < 1000):
+        problem, text = problems[record["id"]], spans.strip(record["text"])
+        for token in special:
+            text = text.replace(token, "")
+        found = verdict(text, problem, hint)
+        record |= {"correct": found.correct, "answer": found.answer, "reason": found.reason}

@@ -30,8 +30,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from srlib import SrlibError, engine, spans
+from srlib.benchmarks import verdict
 from srlib.engine.transformers import TransformersEngine, device_of, dtype_of, load_model
-from srlib.grade import grade
 from srlib.latency import PairSpeed, Speed
 from srlib.offload import SMALL, Offloader, Trace
 from srlib.params import Grpo, ModelSpec, Offload, Params, build, find
@@ -193,7 +193,7 @@ class Rollouts:
     ):
         self.tokenizer, self.big, self.config = tokenizer, big, config
         self.offload = offload.model_copy(update={"batch_size": config.rollouts_at_once or offload.batch_size})
-        self.answers = {problem.prompt: problem.answer for problem in problems}
+        self.problems = {problem.prompt: problem for problem in problems}
         self.seed, self.samples = seed, samples
         self.vllm: _Synchronised | None = None  # writes the small model's part; None: the model that is trained does
 
@@ -260,7 +260,7 @@ class Rollouts:
         plain = spans.inside(trace.ids, trace.tags)
         return Rollout(
             text=text,
-            correct=grade(spans.strip(text), self.answers[prompt]).correct,
+            correct=verdict(spans.strip(text), self.problems[prompt]).correct,
             group=prompt,
             prompt_tokens=len(trace.prompt_ids),
             small_tokens=len(plain) - sum(plain),

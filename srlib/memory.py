@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from srlib import SrlibError
+from srlib import SrlibError, benchmarks
 from srlib.engine import SCORE_POSITIONS
 from srlib.params import ROOT, ModelSpec, Params, build
 
@@ -214,6 +214,8 @@ class _Model:
 
 def models(p: Params, stage: str) -> dict[str, _Model]:
     """The models a stage holds at the same time. Stage 05 loads its small models one after the other."""
+    if stage == "05_evaluate":
+        p = p.model_copy(update={"offload": benchmarks.protocol(p).offload})
     small = p.small if stage == "01_annotate" else p.tuned
     specs = {"small": small, "big": p.big}
     needless = p.grpo.rollout == "self" and p.latency.source != "calibrate"

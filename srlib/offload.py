@@ -29,7 +29,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
@@ -193,6 +193,10 @@ class Writer:
         """Give the slots back."""
         self.small.close()
         self.big.close()
+
+    def count(self) -> None:
+        """Note in the trace what each model has processed for it."""
+        self.trace.small_forward_tokens, self.trace.big_forward_tokens = self.small.forwarded, self.big.forwarded
 
     def small_writes(
         self, n: int, tags: bool = False, max_entropy: float | None = None
@@ -509,18 +513,31 @@ class Offloader:
         """Seconds since the run started."""
         return time.perf_counter() - self._start
 
-    def run(self, prompts: Iterable[str | list[int]], progress: bool = False) -> list[Trace]:
+    def run(
+        self,
+        prompts: Iterable[str | list[int]],
+        progress: bool = False,
+        numbers: Iterable[int] | None = None,
+        finished: Callable[[int, Trace], None] | None = None,
+    ) -> list[Trace]:
         """Write one trace for each prompt, text or ids, `batch_size` at a time.
 
         A prompt given k times is written with k different seeds. `controller_seconds` are those
         in which no engine was waited for.
+
+        Args:
+            numbers: which sample of its prompt each trace is, from 0; None: as they come. With the seed
+                and the prompt it fixes the trace, so some of many samples can be written later.
+            finished: called with a trace's place among the prompts and the trace, as soon as it has ended.
         """
         self._start, waited = time.perf_counter(), 0.0
         times_seen: Counter[tuple[int, ...]] = Counter()
         writers = []
+        given = iter(numbers) if numbers is not None else None
         for prompt in prompts:
             ids, big_ids = self._encode(prompt)
-            key = f"{self.seed} {times_seen[tuple(ids)]} {ids}"
+            number = times_seen[tuple(ids)] if given is None else next(given)
+            key = f"{self.seed} {number} {ids}"
             times_seen[tuple(ids)] += 1
             seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])
             writers.append(Writer(self, ids, big_ids, seed))
@@ -540,8 +557,12 @@ class Offloader:
             except SrlibError as error:
                 writer.trace.finish, writer.trace.error = "error", str(error)
             writer.close()
+            writer.count()
             bar.update()
+            if finished is not None:
+                finished(places[writer], writer.trace)
 
+        places = {writer: i for i, writer in enumerate(writers)}
         answers: SimpleQueue[Request] = SimpleQueue()
         stepping = [engine for engine in self.engines if not engine.running]
         for engine in self.engines:
@@ -566,9 +587,8 @@ class Offloader:
                 if engine.running:
                     engine.deliver_to(None)
             bar.close()
-        for writer in writers:
-            writer.trace.small_forward_tokens = writer.small.forwarded
-            writer.trace.big_forward_tokens = writer.big.forwarded
+        for writer in writers:  # an engine that runs by itself may have read on
+            writer.count()
         self.controller_seconds = self.clock() - waited
         return [writer.trace for writer in writers]
 

@@ -114,12 +114,13 @@ class Arith(Section):
 class Source(Section):
     """Where problems come from; in the params a plain string is its `path`."""
 
-    path: str = Field(min_length=1, description="a JSONL file, or the name of a data set on the hub")
+    path: str = Field(min_length=1, description="a JSONL file, a data set on the hub, or a name of srlib/benchmarks.py")
     config: str | None = Field(None, description="hub: configuration of the data set")
     split: str = Field("train", description="hub: its split")
     columns: dict[Literal["id", "prompt", "answer", "trace"], str] = Field(
         {}, description="field: column it is read from; empty: the columns are named like the fields"
     )
+    prompt: str = Field("", description="how it is asked: plain, boxed, base, or a text with {question}; empty: as it is")
 
     @model_validator(mode="before")
     @classmethod
@@ -129,8 +130,9 @@ class Source(Section):
     @property
     def file(self) -> Path | None:
         """The JSONL file, seen from here or from the clone; None: a data set on the hub."""
-        found = find(self.path)
-        return found or (Path(self.path) if self.path.endswith(".jsonl") else None)
+        behind = self.path.partition(":")[2] or self.path  # of a benchmark's name
+        found = find(self.path) or find(behind)
+        return found or (Path(behind) if behind.endswith(".jsonl") else None)
 
 
 class Data(Section):
@@ -167,10 +169,20 @@ class Sft(Section):
 class Latency(Section):
     """Where the seconds of the latency model come from."""
 
-    source: Literal["a6000", "calibrate"] = Field("a6000", description="a named table, or measured on this machine")
+    source: Literal["a6000", "calibrate", "roofline"] = Field(
+        "a6000", description="a named table, measured on this machine, or from the data sheet of a GPU"
+    )
     small: str = Field("1.5B", description="the table's model that stands for the small one")
     big: str = "32B"
+    gpu: str = Field("h100", description="roofline: the GPU, as srlib/costs.py names it")
+    devices: int = Field(1, ge=1, description="roofline: GPUs that share every layer of the big model")
     handover_s: float = Field(0.0, ge=0, description="seconds a hand-over costs on top")
+    prompt: int = Field(512, ge=1, description="07: tokens of a prompt in what is simulated")
+    decode: int = Field(4096, ge=16, description="07: tokens of a trace")
+    span: int = Field(128, ge=1, description="07: tokens the big model writes in a row")
+    gpu_hour: float = Field(2.0, gt=0, description="07: price of a GPU for an hour, in any currency")
+    gpus: list[int] = Field([1, 8, 1000], min_length=1, description="07: numbers of GPUs to plan for")
+    n_check: int = Field(12, ge=1, description="07: problems on which prediction and clock are compared")
 
 
 REWARD_NAMES = ("accuracy", "scaffold", "tag_count", "coverage", "latency", "help_seeking", "overlong")
@@ -249,8 +261,12 @@ class Offload(Section):
 
 
 class Evaluate(Section):
+    protocol: Literal["own", "published", "quick"] = Field(
+        "own", description="as set here and in offload; as accuracies are published; for a look (srlib/benchmarks.py)"
+    )
     n_problems: int = Field(1000, ge=2)
     samples_per_problem: int = Field(1, ge=1)
+    n_refused: int = Field(300, ge=0, description="problems whose requests are each refused once; 0: none")
     policies: list[
         Literal["small", "big", "learned", "grpo", "learned_off", "random", "rejection", "entropy", "speculative"]
     ] = Field(

@@ -47,6 +47,7 @@ STAGES = {
         Stage("04_offload", ("offload",), ("pair", "adapter", "test")),
         Stage("05_evaluate", ("offload", "evaluate"), ("pair", "adapter", "reinforced", "test")),
         Stage("06_reward_ablation", (), ("sweep",)),
+        Stage("07_latency", ("offload", "latency", "bench"), ("pair", "adapter", "test", "results")),
     )
 }
 MAKERS = {
@@ -57,6 +58,7 @@ MAKERS = {
     "adapter": "02_sft",
     "reinforced": "03_grpo",
     "sweep": "sweep",
+    "results": "05_evaluate",
 }
 
 
@@ -267,6 +269,12 @@ class Manifest:
         write_json(self.path, {"run": self.p.run, "seed": self.p.seed, "stages": self.stages})
 
 
+def fingerprint(p: Params, stage: str) -> str:
+    """What a stage's results depend on, its notebook apart: parameters and what it reads, as 16 hex digits."""
+    key = {name: value for name, value in Manifest(p)._key(stage).items() if name != "notebook"}
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class _Artefact:
     """What stages read: where it lies, how it is checked, and whether the user named it instead."""
@@ -279,6 +287,7 @@ class _Artefact:
 def _artefacts(p: Params) -> dict[str, _Artefact]:
     from srlib.annotate import Annotated
 
+    results = p.where("05_evaluate") / "results.json"
     own_pair = p.pair.small.path is not None and p.pair.big.path is not None
     return {
         "pair": _Artefact((p.small.path, p.big.path), lambda: (engine.check(p.small), engine.check(p.big)), own_pair),
@@ -289,6 +298,7 @@ def _artefacts(p: Params) -> dict[str, _Artefact]:
             (p.tuned.adapter or p.tuned.path,), lambda: engine.check(p.tuned), p.pair.tuned is not None
         ),
         "reinforced": _Artefact((p.reinforced.adapter,), lambda: engine.check(p.reinforced)),
+        "results": _Artefact((results,), lambda: _there(results)),
         "sweep": _Artefact((p.run_dir / "sweep.json",), lambda: _there(p.run_dir / "sweep.json")),
     }
 

@@ -189,11 +189,12 @@ def _share_against_accuracy(axes, row: dict, measured: str) -> None:
     axes.set(xlabel="offload share (tokens by the big model)", ylabel="accuracy")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_title(
-        f"{measured}, {row['samples_per_problem']} sample(s) a problem, ≤ {row['max_tokens']} tokens; 95 % intervals",
-        fontsize=10,
-    )
+    axes.set_title(_measured(row, measured), fontsize=10)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+
+
+def _measured(row: dict, measured: str) -> str:
+    return f"{measured}, {row['samples_per_problem']} sample(s) a problem, ≤ {row['max_tokens']} tokens; 95 % intervals"
 
 
 def _running_mean(axes, x: Sequence[float], values: Sequence[float], window: int, **style) -> None:
@@ -216,3 +217,69 @@ def coloured(pieces: Sequence[tuple[str, bool]], title: str = "") -> str:
     )
     heading = f"<b>{html.escape(title)}</b><br>" if title else ""
     return f'<div style="font-family:monospace;white-space:pre-wrap;margin:6px 0">{heading}{body}</div>'
+
+
+def accuracy_by_mode(rows: Sequence[dict]) -> Figure:
+    """A bar for each policy, from the least to the most accurate, with 95 % intervals and its offload share."""
+    rows = sorted(rows, key=lambda row: row["accuracy"])
+    figure, axes = _axes(8, 0.32 * len(rows) + 1.2)
+    values = np.array([row["accuracy"] for row in rows])
+    error = np.abs(np.array([row["ci95"] for row in rows]).T - values)
+    mixed = [0 < row["offload_share"] < 1 for row in rows]
+    colours = ["olivedrab" if m else BIG_COLOUR if row["offload_share"] else SMALL_COLOUR for m, row in zip(mixed, rows)]
+    axes.barh([row["policy"] for row in rows], values, xerr=error, color=colours, capsize=3)
+    for place, row in enumerate(rows):
+        axes.text(1.02, place, f"{row['offload_share']:.1%}", va="center", fontsize=9)
+    axes.text(1.02, len(rows) - 0.3, "share", fontsize=9)
+    axes.set(xlabel="accuracy", xlim=(0, 1))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title(_measured(rows[0], f"{rows[0]['dataset']}: n = {rows[0]['n_problems']}"), fontsize=10)
+    return figure
+
+
+def speed_up_by_share(curves: dict[str, tuple[Sequence[float], Sequence[float]]], title: str = "") -> Figure:
+    """How many times faster than the big model alone, by offload share; `curves`: name → (shares, times)."""
+    figure, axes = _axes()
+    for name, (shares, times) in curves.items():
+        axes.plot(shares, times, marker="o", markersize=4, label=name)
+    axes.axhline(1, color="grey", linewidth=1)
+    axes.set(xlabel="offload share", ylabel="speed-up over the big model alone", title=title)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend()
+    return figure
+
+
+def accuracy_by_time(rows: Sequence[dict], title: str = "") -> Figure:
+    """Accuracy, with its interval, against seconds a problem; a colour for each big model, a marker for each policy.
+
+    Args:
+        rows: each with `big`, `policy`, `seconds`, `accuracy`, `ci95`.
+    """
+    figure, axes = _axes(8, 4.4)
+    bigs, policies = (list(dict.fromkeys(row[key] for row in rows)) for key in ("big", "policy"))
+    colours = dict(zip(bigs, sns.color_palette("deep", len(bigs))))
+    markers = dict(zip(policies, "osD^vP*X<>p"))
+    for row in rows:
+        low, high = row["ci95"]
+        error = [[row["accuracy"] - low], [high - row["accuracy"]]]
+        axes.errorbar(
+            row["seconds"], row["accuracy"], error, color=colours[row["big"]], marker=markers[row["policy"]], capsize=2
+        )
+    for big in bigs:
+        axes.plot([], [], color=colours[big], label=big)
+    for policy in policies:
+        axes.plot([], [], color="grey", linestyle="none", marker=markers[policy], label=policy)
+    axes.set(xlabel="seconds a problem", ylabel="accuracy", xscale="log", ylim=(0, 1.03), title=title)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    return figure
+
+
+def latency_by_load(curves: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Mean seconds of a request against requests a second; `curves`: name → (rates, seconds)."""
+    figure, axes = _axes()
+    for name, (rates, seconds) in curves.items():
+        axes.plot(rates, seconds, marker="o", markersize=4, label=name)
+    axes.set(xlabel="requests a second", ylabel="mean latency (s)", xscale="log", yscale="log")
+    axes.legend(fontsize=9)
+    return figure

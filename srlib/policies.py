@@ -40,17 +40,22 @@ class Learned:
             accuracy against share from one model (1: offloading switched off).
         max_share: most of the text so far that may be the big model's, in tokens; a span ends
             where it would go beyond, and one that could not have a single token is refused.
+        without: number of one request, from 0, that is refused: what would have been without that help.
     """
 
     reject: float = 0.0
     max_share: float = 1.0
     name: str = "learned"
+    without: int | None = None
 
     def write(self, writer: Writer) -> Steps:
-        rng = random.Random(writer.seed)
+        rng, request = random.Random(writer.seed), -1
         while not writer.done:
             tag = yield from writer.small_writes(writer.left, tags=True)
-            if tag != spans.OPEN or writer.done or rng.random() < self.reject:
+            if tag != spans.OPEN or writer.done:
+                continue
+            request += 1
+            if rng.random() < self.reject or request == self.without:
                 continue
             budget = self._allowed(writer)
             if budget is None or budget >= 1:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from srlib import SrlibError
+from srlib import SrlibError, benchmarks
 from srlib.params import Source
 
 
@@ -31,7 +31,7 @@ Row = TypeVar("Row", BaseModel, dict)
 
 
 def load(source: Source | str | Path, n: int | None = None, seed: int = 0) -> list[Problem]:
-    """Problems of a JSONL file or of a data set on the hub.
+    """Problems of a JSONL file, of a data set on the hub, or of a named benchmark (see `benchmarks`).
 
     Without `columns` the rows have just the fields of `Problem`; with them the fields are read
     from the columns named, others are left alone, and a row without an id gets its number.
@@ -47,7 +47,12 @@ def load(source: Source | str | Path, n: int | None = None, seed: int = 0) -> li
             set, or fewer than `n` problems.
     """
     source = source if isinstance(source, Source) else Source(path=str(source))
-    if source.file is not None:
+    if benchmarks.find(source) is not None:
+        fields = benchmarks.rows(source, n, seed, lambda s: read_jsonl(s.file, dict) if s.file else hub_rows(s))
+        rows = [Problem(**row) for row in fields]
+        if n is not None and n < len(rows):
+            rows = random.Random(seed).sample(rows, n)
+    elif source.file is not None:
         if source.columns:
             rows = [_mapped(row, i, source) for i, row in enumerate(read_jsonl(source.file, dict))]
         else:
@@ -58,6 +63,8 @@ def load(source: Source | str | Path, n: int | None = None, seed: int = 0) -> li
         stream = hub_rows(source)
         stream = stream if n is None else stream.shuffle(seed, buffer_size=10_000).take(n)
         rows = [_mapped(row, i, source) for i, row in enumerate(stream)]
+    if source.prompt and benchmarks.find(source) is None:
+        rows = [row.model_copy(update={"prompt": benchmarks.ask(row.prompt, source.prompt)}) for row in rows]
     if n is not None and n > len(rows):
         raise SrlibError(f"{source.path} holds {len(rows)} problems, fewer than the {n} asked for.")
     return rows

@@ -133,7 +133,7 @@ def run(chosen: Plan, jobs: int = 1) -> int:
         return _run(bases[seed], top.run_dir / f"base-seed{seed}", *(["--until", last[0]] if last else []))
 
     def one(p: Params) -> str:
-        return errors.get(p.seed) or _run(p, p.run_dir)
+        return errors.get(p.seed) or _run(p, p.run_dir, "--until", "05_evaluate")
 
     with ThreadPoolExecutor(jobs) as pool:
         errors = dict(zip(bases, pool.map(base_of, bases))) if last else {}

@@ -1,76 +1,27 @@
-import numpy as np
+"""Completions: written, kept as they end, taken up again, graded, and summed up in a row."""
+
+import json
+from dataclasses import dataclass, field
+from itertools import islice
+
 import pytest
 
-from srlib import SrlibError, arith, evaluate
-from srlib.policies import Learned
+from srlib import SrlibError, arith, counterfactual, evaluate, stats
+from srlib.engine.transformers import TransformersEngine
 from srlib.params import Arith, Offload
+from srlib.policies import Learned, Policy, Random
 
 
-def records(grid):
-    """grid: (problems, samples) of 0 and 1."""
-    return [{"id": f"{i:04d}", "correct": bool(x)} for i, row in enumerate(grid) for x in row]
+@pytest.fixture
+def problems():
+    return list(islice(arith.generate(Arith(), "test", 0), 10))
 
 
-def test_interval_of_single_samples_is_wilsons():
-    from scipy.stats import binomtest
-
-    estimate = evaluate.accuracy(records([[1]] * 70 + [[0]] * 30))
-    wanted = binomtest(70, 100).proportion_ci(method="wilson")
-    assert estimate.value == 0.7
-    assert (estimate.low, estimate.high) == pytest.approx((wanted.low, wanted.high), abs=2e-3)
-    assert (estimate.n_problems, estimate.samples_per_problem) == (100, 1)
+def without_time(records):
+    return [{key: value for key, value in r.items() if key != "seconds"} for r in records]
 
 
-def test_interval_of_all_right_is_not_a_point():
-    estimate = evaluate.accuracy(records([[1, 1]] * 50))
-    assert 0.9 < estimate.low < 1 and estimate.high == pytest.approx(1)
-
-
-def test_interval_is_clustered_by_problem():
-    """Samples that agree within a problem add nothing, samples that do not add much."""
-    agree = evaluate.accuracy(records([[1] * 8] * 30 + [[0] * 8] * 30))
-    single = evaluate.accuracy(records([[1]] * 30 + [[0]] * 30))
-    differ = evaluate.accuracy(records([[1, 0] * 4] * 29 + [[1] * 8] + [[0] * 8] + [[1, 0] * 4] * 29))
-    assert agree.high - agree.low == pytest.approx(single.high - single.low, rel=0.03)
-    assert differ.high - differ.low < 0.3 * (single.high - single.low)
-
-
-def test_interval_covers_the_truth():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(400):
-        p = rng.beta(2, 2, size=60)
-        estimate = evaluate.accuracy(records(rng.random((60, 4)) < p[:, None]))
-        covered += estimate.low <= 0.5 <= estimate.high
-    assert 0.92 <= covered / 400 <= 0.975
-
-
-def test_paired_comparison():
-    rng = np.random.default_rng(0)
-    base = rng.random(300) < 0.5
-    better = base | (rng.random(300) < 0.1)
-    difference = evaluate.compare(records(better[:, None]), records(base[:, None]))
-    assert difference.value == pytest.approx(better.mean() - base.mean())
-    assert difference.low > 0 and difference.p_value < 0.001
-    same = evaluate.compare(records(base[:, None]), records(base[:, None]))
-    assert (same.value, same.low, same.high, same.p_value) == (0, 0, 0, 1)
-    unpaired = evaluate.accuracy(records(better[:, None]))
-    assert difference.high - difference.low < unpaired.high - unpaired.low
-
-
-def test_errors():
-    with pytest.raises(SrlibError, match="different problems"):
-        evaluate.compare(records([[1]] * 3), records([[1]] * 4))
-    with pytest.raises(SrlibError, match="equally many samples"):
-        evaluate.accuracy(records([[1, 1], [1]]))
-    with pytest.raises(SrlibError, match="no records"):
-        evaluate.accuracy([])
-
-
-def test_a_row_of_results(engines):
-    from itertools import islice
-
-    problems = list(islice(arith.generate(Arith(), "test", 0), 10))
+def test_a_row_of_results(engines, problems):
     config = Offload(max_tokens=20, temperature=1.0)
     row, kept = evaluate.run(*engines, Learned(), problems, config, dataset="arith", samples=3)
     assert len(kept) == 30
@@ -82,3 +33,97 @@ def test_a_row_of_results(engines):
     )
     assert all(len(r["owners"]) <= 20 for r in kept)
     assert row["truncated_share"] == sum(r["finish"] != "eos" for r in kept) / 30
+    assert row["handovers"] == sum(len(r["handovers"]) for r in kept) / 30
+    assert row["pass@3"] == stats.pass_at(kept, 3).value and 0 <= row["maj@3"] <= row["pass@3"]
+    assert row["share_quartiles"][0] <= row["share_quartiles"][1] <= row["share_quartiles"][2]
+
+
+class Killed(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A policy that notes what it begins, and dies at one of them."""
+
+    inner: Policy
+    begun: list = field(default_factory=list, repr=False)
+    dies_at: int | None = field(default=None, repr=False)
+    name: str = "counted"
+
+    def write(self, writer):
+        self.begun.append(writer)
+        if len(self.begun) == self.dies_at:
+            raise Killed
+        return self.inner.write(writer)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("policy", [Learned(), Random(0.5)])
+def test_a_killed_run_goes_on_and_asks_nothing_again(pair, tokenizer, problems, tmp_path, policy, temperature):
+    def write(file, dies_at=None, key="k"):
+        small, big = (TransformersEngine(model, tokenizer, slots=64) for model in pair)
+        counted = Counted(policy, dies_at=dies_at)
+        config = Offload(max_tokens=20, temperature=temperature, batch_size=4)
+        try:
+            return evaluate.run(
+                small, big, counted, problems, config, dataset="arith", samples=3, seed=5, file=file, key=key
+            ), len(counted.begun)
+        except Killed:
+            return None, 0
+
+    (row, wanted), begun = write(tmp_path / "whole.jsonl")
+    file = tmp_path / "killed.jsonl"
+    assert write(file, dies_at=20)[0] is None
+    ended = len(evaluate.read(file))
+    assert 0 < ended < 20
+    with file.open("a") as cut:
+        cut.write(file.read_text().splitlines()[0][:40])  # the line under way when it was killed
+    (row_again, found), asked = write(file)
+    assert begun == 30 and asked == 30 - ended
+    assert without_time(found) == without_time(wanted)
+    assert {k: v for k, v in row.items() if k not in ("wall_s", "tokens_per_s")} == {
+        k: v for k, v in row_again.items() if k not in ("wall_s", "tokens_per_s")
+    }
+    assert row_again["wall_s"] > 0
+    assert [json.loads(line) for line in file.read_text().splitlines()] == found
+    assert write(file)[1] == 0  # complete
+    assert write(file, key="other settings")[1] == begun
+
+
+def test_a_damaged_file_of_completions(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"id": "1"}\n{"id":\n{"id": "2"}\n')
+    with pytest.raises(SrlibError, match="line 2 is not a completion"):
+        evaluate.read(tmp_path / "x.jsonl")
+    assert evaluate.read(tmp_path / "none.jsonl") == []
+
+
+def test_by_difficulty(problems):
+    records = [
+        {"id": p.id, "correct": "*" not in p.prompt, "big_tokens": 1, "small_tokens": 3, "handovers": []}
+        for p in problems
+    ]
+    table = evaluate.by_difficulty(records, problems).set_index("difficulty")
+    assert table["n"].sum() == len(problems)
+    assert set(table.index) == {f"{p.prompt.count('*')} products" for p in problems}
+    assert all((table.accuracy == 1) == (table.index == "0 products"))
+    assert evaluate.by_difficulty(records, [p.model_copy(update={"meta": {}}) for p in problems]).empty
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_request_is_refused_once(engines, problems, temperature):
+    config = Offload(max_tokens=24, temperature=temperature)
+    policy = Learned()
+    _, records = evaluate.run(*engines, policy, problems, config, dataset="arith", samples=2, seed=1)
+    rows = counterfactual.run(*engines, policy, problems, records, config, seed=1)
+    assert len(rows) == sum(len(r["handovers"]) for r in records) > 5
+    assert all(row["same_start"] for row in rows)
+    by_key = {(r["id"], r["sample"]): r for r in records}
+    for row in rows:
+        text = by_key[row["id"], row["sample"]]["text"]
+        assert row["verdict"] == counterfactual.VERDICTS[row["correct"], row["correct_without"]]
+        assert row["big"] in text and 0 < row["position"] < 1
+    assert any(row["big"] != row["small"] for row in rows)
+    table = counterfactual.table(rows)
+    assert table["n"].item() == len(rows)
+    assert counterfactual.table(rows, "request")["n"].sum() == len(rows)

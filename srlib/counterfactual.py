@@ -1,0 +1,118 @@
+"""Was a request any use? What would have been without it, for every hand-over of a policy.
+
+The trace is written again with one request refused: the small model goes on from the very same
+point, writes the span itself, and after it everything runs as before (later requests are answered).
+Up to the request the trace is the same, since draws depend on seed and position alone. Both ends
+are graded:
+
+    right with it, wrong without  needed
+    right or wrong, both alike    useless
+    wrong with it, right without  harmful
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from srlib import spans, stats
+from srlib.benchmarks import verdict
+from srlib.offload import Offloader
+from srlib.params import Offload
+from srlib.policies import Learned
+from srlib.problems import Problem
+
+VERDICTS = {(True, False): "needed", (True, True): "useless", (False, False): "useless", (False, True): "harmful"}
+
+
+def run(
+    small,
+    big,
+    policy: Learned,
+    problems: Sequence[Problem],
+    records: Sequence[dict[str, Any]],
+    config: Offload,
+    *,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Every request of `records` once refused, graded, and called needed, useless or harmful.
+
+    Args:
+        policy: the one that wrote `records`, without rejection; its engines, settings and seed the same.
+        records: as `evaluate.run` gives them.
+
+    Returns:
+        a row for each request: `id`, `sample`, `request` (its number), `position` (0 … 1 in the trace), `tokens`
+        of the span, `before` (the text up to it), `big` and `small` (what each wrote there), `correct`,
+        `correct_without`, `verdict`, and `same_start` (whether the trace was the same up to it).
+    """
+    by_id = {problem.id: problem for problem in problems}
+    asking: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        for request in range(len(record["handovers"])):
+            asking[request].append(record)
+    rows = []
+    for request, some in sorted(asking.items()):
+        without = replace(policy, without=request, name=f"without request {request + 1}")
+        writer = Offloader(small, big, without, **config.settings, seed=seed)
+        traces = writer.run([by_id[r["id"]].prompt for r in some], progress=True, numbers=[r["sample"] for r in some])
+        writer.raise_if_failed(traces)
+        rows += [_row(by_id[r["id"]], r, request, t, config, writer.tokenizer) for r, t in zip(some, traces)]
+    return sorted(rows, key=lambda row: (row["id"], row["sample"], row["request"]))
+
+
+def table(rows: Sequence[dict[str, Any]], by: str | None = None) -> pd.DataFrame:
+    """Share of requests that were needed, useless and harmful, with 95 % intervals clustered by problem.
+
+    Args:
+        by: a key of the rows, for a line of each of its values; None: one line for all.
+    """
+    groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row[by] if by else "all"].append(row)
+    lines = []
+    for group in sorted(groups):
+        some = groups[group]
+        line: dict[str, Any] = {by or "requests": group, "n": len(some), "problems": len({r["id"] for r in some})}
+        for name in dict.fromkeys(VERDICTS.values()):
+            e = stats.proportion([r["verdict"] == name for r in some], [r["id"] for r in some])
+            line[name] = f"{e.value:.1%} [{e.low:.1%}, {e.high:.1%}]"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _row(problem: Problem, record: dict, request: int, trace, config: Offload, tokenizer) -> dict[str, Any]:
+    start, tokens, _ = record["handovers"][request]
+    found = verdict(trace.text(tokenizer), problem, config.hint)
+    before = tokenizer.decode(trace.ids[:start])
+    at = len(before)
+    # the span of the refused request, as far as the small model closed it
+    rest = trace.ids[start:]
+    own = next((i for i in range(len(rest)) if _closes(rest, i, trace.tags)), len(rest))
+    return {
+        "id": problem.id,
+        "sample": record["sample"],
+        "request": request,
+        "position": start / max(1, len(record["owners"])),
+        "tokens": tokens,
+        "before": spans.strip(before),
+        "big": _until_close(record["text"][at:]),
+        "small": tokenizer.decode(rest[:own]),
+        "correct": record["correct"],
+        "correct_without": found.correct,
+        "verdict": VERDICTS[record["correct"], found.correct],
+        "same_start": record["text"].startswith(before.rstrip("\ufffd")),
+    }
+
+
+def _closes(ids: list[int], at: int, tags: spans.Tags) -> bool:
+    return any(tuple(ids[at : at + len(close)]) == tuple(close) for close in (*tags.closes, tags.open))
+
+
+def _until_close(text: str) -> str:
+    ends = [text.find(tag) for tag in spans.TEXT.closes if tag in text]
+    return text[: min(ends)] if ends else text

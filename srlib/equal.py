@@ -1,0 +1,147 @@
+"""Whether two answers are equal as mathematics, found out in a process of its own.
+
+math-verify (sympy) can be made to compute for ever by a huge power or eat all memory, and an
+alarm of its own works in a main thread only. So a worker process does it, one for each process
+that asks: it counts its own CPU seconds, and the system ends it when they are used up; the next
+question starts a new one. It ends by itself when nobody is left to ask.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+
+LIMIT = 3.0  # CPU seconds for one comparison
+PATIENCE = 20  # times as many seconds by the clock, for a machine that is busy
+MEMORY = 4 * 2**30  # bytes of address space of a worker
+EQUAL, DIFFERS, UNREADABLE, GOLD = "equal", "differs", "cannot be read", "the gold cannot be read"
+TIME, LOST = "took too long", "the comparison was ended from outside"
+
+
+@lru_cache(maxsize=16_384)
+def compare(gold: str, answer: str) -> str:
+    """One of the verdicts above, within the time limit."""
+    with _state.lock:
+        return _state.ask(gold, answer)
+
+
+class _Worker:
+    """The process that compares, started when it is first needed."""
+
+    def __init__(self) -> None:
+        self.lock, self.process = Lock(), None
+        self.started = 0
+
+    def ask(self, gold: str, answer: str, again: bool = True) -> str:
+        if self.process is None:
+            self._start()
+        try:
+            self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            line = self._line(LIMIT * PATIENCE)
+        except BrokenPipeError:
+            line = b""
+        if line:
+            return json.loads(line)
+        if line is None or self.process.wait() == -signal.SIGPROF:
+            self.stop()
+            return TIME
+        self.stop()  # something else ended it: with a new one it may go well
+        return self.ask(gold, answer, again=False) if again else LOST
+
+    def stop(self) -> None:
+        """End the worker, if there is one."""
+        if self.process is not None:
+            process, self.process = self.process, None
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+    def _start(self) -> None:
+        here = str(Path(__file__).resolve().parents[1])
+        paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "srlib.equal"],  # -P: no module of the working folder
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+        self.started += 1
+        if not self._line(None):
+            code = self.process.wait()
+            self.process = None
+            raise RuntimeError(f"The process that compares answers ended with status {code}; is math-verify installed?")
+
+    def _line(self, seconds: float | None) -> bytes | None:
+        """What it answers; empty: it has ended; None: the time is over."""
+        out, line = self.process.stdout, b""
+        while not line.endswith(b"\n"):
+            if not select.select([out], [], [], seconds)[0]:
+                return None
+            part = out.read(4096)
+            if not part:
+                return b""
+            line += part
+        return line
+
+
+_state = _Worker()
+atexit.register(lambda: _state.stop())
+
+
+def _forget() -> None:
+    """After a fork the worker is the parent's."""
+    global _state
+    _state = _Worker()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _verdict(gold: str, answer: str) -> str:
+    from math_verify import parse, verify
+    from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
+
+    config = [LatexExtractionConfig(), ExprExtractionConfig()]
+    wanted, given = (parse(f"${text}$", extraction_config=config, parsing_timeout=None) for text in (gold, answer))
+    if not wanted:
+        return GOLD
+    if not given:
+        return UNREADABLE
+    return EQUAL if verify(wanted, given, timeout_seconds=None) else DIFFERS
+
+
+def _serve() -> None:
+    """What the worker does: a line in, a line out."""
+    import logging
+    import resource
+
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a library prints is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted notebook goes on to ask
+    logging.disable(logging.CRITICAL)
+    _verdict("1", "x")  # imports what it needs, which takes seconds
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
+    answers.write(b'"ready"\n')
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)  # SIGPROF ends the process, whatever it is doing
+        try:
+            verdict = _verdict(*json.loads(line))
+        except (Exception, RecursionError, MemoryError):
+            verdict = UNREADABLE
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        answers.write(json.dumps(verdict).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    _serve()

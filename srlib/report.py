@@ -1,0 +1,99 @@
+"""Two runs beside each other: `python -m srlib compare outputs/a outputs/b`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from srlib import SrlibError, evaluate, stats
+from srlib.params import find, nearest
+
+
+def compare(a: str | Path, b: str | Path, policies: list[str] | None = None) -> str:
+    """Every policy that both runs have, paired by problem, in a table and in a sentence each.
+
+    Args:
+        a, b: folders of two runs, which have done stage 05 on the same problems.
+        policies: those to compare; None: all. One of the form `learned:grpo` compares a's `learned` to b's `grpo`.
+
+    Raises:
+        SrlibError: a run has not done stage 05, they have no policy in common, or other problems.
+    """
+    rows = [_rows(folder) for folder in (a, b)]
+    names = policies or [name for name in rows[0] if name in rows[1]]
+    if not names:
+        raise SrlibError(
+            f"{a} and {b} have no policy in common: {', '.join(rows[0])}; {', '.join(rows[1])}. "
+            "Name two of them: --policy learned:grpo"
+        )
+    columns = f"{'n':>6} {'A':>7}  {'B':>7}  {'B − A':>7}  {'95 % interval':<19}{'p':>8}  {'share A':>7}  {'share B':>7}"
+    table = [f"{'policy':<22}{columns}"]
+    words = []
+    for name in names:
+        first, _, second = name.partition(":")
+        pair = first, second or first
+        for side, some, folder in zip(pair, rows, (a, b)):
+            if side not in some:
+                near = nearest(side, list(some))
+                hint = f"; did you mean {near!r}?" if near else f"; it has {', '.join(some)}."
+                raise SrlibError(f"{folder} has no policy {side!r}{hint}")
+        records = [_completions(folder, side) for folder, side in zip((a, b), pair)]
+        try:
+            d = stats.compare(records[1], records[0])
+        except SrlibError as error:
+            raise SrlibError(f"{name}: {error} Were they run with the same data and seed?") from None
+        accuracies = [stats.accuracy(some).value for some in records]
+        shares = [stats.share(some) for some in records]
+        table.append(
+            f"{name:<22}{d.n_problems:>6} {accuracies[0]:>7.1%}  {accuracies[1]:>7.1%}  {d.value:>+7.1%}  "
+            f"{f'[{d.low:+.1%}, {d.high:+.1%}]':<19}{d.p_value:>8.2g}  {shares[0]:>7.1%}  {shares[1]:>7.1%}"
+        )
+        words.append(_sentence(name, d, records))
+    head = [f"A  {a}", f"B  {b}", *_unlike(rows, names), ""]
+    return "\n".join([*head, *table, "", *words])
+
+
+def _sentence(name: str, d: stats.Difference, records: list[list[dict[str, Any]]]) -> str:
+    if d.p_value < 0.05:
+        how = "more accurate" if d.value > 0 else "less accurate"
+        return f"{name}: B is {how} by {abs(d.value):.1%} (p = {d.p_value:.2g}, {d.n_problems} problems)."
+    samples = max(1, len(records[0]) // d.n_problems)
+    needed = stats.problems_needed(2.0, *stats.spread(records[1], records[0]), samples)
+    return (
+        f"{name}: no difference can be told (p = {d.p_value:.2g}, {d.n_problems} problems); "
+        f"to find one of 2 points takes {needed} problems like these."
+    )
+
+
+def _unlike(rows: list[dict[str, dict]], names: list[str]) -> list[str]:
+    """Warnings: settings in which the two differ, so that more than the models is compared."""
+    found = []
+    for key in ("dataset", "samples_per_problem", "max_tokens"):
+        first, last = names[0].partition(":")[0], names[0].rpartition(":")[2]
+        values = rows[0][first][key], rows[1][last][key]
+        if values[0] != values[1]:
+            found.append(f"They differ in {key}: {values[0]} and {values[1]}.")
+    return found
+
+
+def _rows(folder: str | Path) -> dict[str, dict[str, Any]]:
+    path = _stage(folder) / "results.json"
+    if not path.is_file():
+        raise SrlibError(f"There is no {path}: run stage 05 there first (python -m srlib run … --until 05_evaluate).")
+    try:
+        return {row["policy"]: row for row in json.loads(path.read_text())}
+    except (ValueError, KeyError, TypeError):
+        raise SrlibError(f"{path} is damaged; run stage 05 again: python -m srlib run … --only 05_evaluate") from None
+
+
+def _completions(folder: str | Path, policy: str) -> list[dict[str, Any]]:
+    path = _stage(folder) / "completions" / f"{policy}.jsonl"
+    records = evaluate.read(path)
+    if not records or any("correct" not in record for record in records):
+        raise SrlibError(f"{path} is not complete; run stage 05 again: python -m srlib run … --only 05_evaluate")
+    return records
+
+
+def _stage(folder: str | Path) -> Path:
+    return (find(folder) or Path(folder)) / "05_evaluate"

@@ -1,0 +1,107 @@
+import json
+
+import pytest
+
+from srlib import SrlibError, benchmarks, memory, params, problems
+from srlib.params import Source
+
+
+def test_names_read_their_rows(monkeypatch):
+    """The columns of the sets on the hub, which is not asked here."""
+    rows = {
+        "HuggingFaceH4/aime_2024": [{"id": 60, "problem": "P?", "solution": "…", "answer": "204", "year": "2024"}],
+        "HuggingFaceH4/MATH-500": [
+            {"problem": "Q?", "answer": "\\frac{1}{2}", "subject": "Algebra", "level": 3, "unique_id": "test/1"}
+        ],
+        "Idavidrein/gpqa": [
+            {
+                "Question": "Which?",
+                "Correct Answer": "right",
+                **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)},
+                "Record ID": "rec1",
+                "Subdomain": "Optics",
+            }
+        ],
+        "openai/gsm8k": [{"question": "How many?", "answer": "2*600=<<2*600=1200>>1200\n#### 1,200"}],
+    }
+    monkeypatch.setattr(problems, "hub_rows", lambda source: rows[source.path])
+    (aime,) = problems.load("aime24")
+    assert (aime.id, aime.answer) == ("60", "204") and aime.prompt.startswith("P?\n") and "\\boxed{}" in aime.prompt
+    (maths,) = problems.load("math500")
+    assert maths.meta == {"level": 3, "subject": "Algebra"}
+    (gpqa,) = problems.load("gpqa_diamond")
+    assert f"({gpqa.answer}) right" in gpqa.prompt and gpqa.prompt.count("wrong") == 3
+    assert benchmarks.verdict(f"</think>\\boxed{{\\text{{{gpqa.answer}}}}}", gpqa).correct
+    assert problems.load("gpqa_diamond") == [gpqa]  # the order of the choices does not change
+    (gsm,) = problems.load("gsm8k")
+    assert (gsm.answer, gsm.meta) == ("1200", {"level": 1})
+    rows["openai/gsm8k"] = [{"problem": "?"}]
+    with pytest.raises(SrlibError, match="gsm8k, row 1 is no row of gsm8k: it has no 'answer'"):
+        problems.load("gsm8k")
+
+
+def test_a_copy_of_a_set(real_data):
+    some = problems.load(f"math500:{real_data}/math500_a.jsonl", 20, seed=1)
+    assert len(some) == 20 and all("level" in p.meta for p in some)
+    all_of_it = problems.load(Source(path=f"gsm8k:{real_data}/gsm8k_a.jsonl", prompt="base"))
+    assert len(all_of_it) == 659 and all(p.prompt.startswith("Question: ") for p in all_of_it)
+    assert all(p.answer.lstrip("-").replace(".", "").isdigit() for p in all_of_it)
+
+
+def test_how_a_model_is_asked(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"id": "1", "prompt": "1+1?", "answer": "2"}')
+    source = {"path": str(tmp_path / "x.jsonl")}
+    assert problems.load(Source(**source))[0].prompt == "1+1?"
+    assert problems.load(Source(**source, prompt="boxed"))[0].prompt.startswith("1+1?\n")
+    assert problems.load(Source(**source, prompt="Q: {question} {A}:"))[0].prompt == "Q: 1+1? {A}:"
+    with pytest.raises(SrlibError, match="did you mean 'boxed'"):
+        problems.load(Source(**source, prompt="boxd"))
+
+
+def test_procedural_sets():
+    first, again, other = (problems.load("reasoning_gym:chain_sum", 5, seed=s) for s in (1, 1, 2))
+    assert first == again != other and len(first) == 5
+    for p in first:
+        assert benchmarks.verdict(f"</think>\\boxed{{{p.answer}}}", p).correct
+        assert not benchmarks.verdict(f"</think>\\boxed{{{int(p.answer) + 1}}}", p).correct
+    with pytest.raises(SrlibError, match="did you mean reasoning_gym:chain_sum"):
+        problems.load("reasoning_gym:chain_sums")
+    arith = problems.load("arith", 7)
+    assert len(arith) == 7 and all(p.prompt.endswith("?") and "operations" in p.meta for p in arith)
+
+
+def test_where_many_answers_are_right_the_verifier_decides():
+    (problem,) = problems.load("reasoning_gym:countdown", 1, seed=3)
+    numbers = problem.meta["reasoning_gym"]["metadata"]["numbers"]
+    expression = problem.meta["reasoning_gym"]["metadata"]["expression"]
+    assert benchmarks.verdict(f"\\boxed{{({expression})}}", problem).correct
+    assert not benchmarks.verdict(f"\\boxed{{{' + '.join(map(str, numbers))} + 1}}", problem).correct
+
+
+def test_protocols():
+    def load(**sets):
+        return benchmarks.protocol(params.load("params/released.yaml", **{k.replace("__", "."): v for k, v in sets.items()}))
+
+    own = load()
+    assert (own.offload.max_tokens, own.samples, own.n_problems) == (8192, 4, 30)
+    for name, samples in (("aime24", 64), ("math500", 4), ("gpqa_diamond", 8)):
+        full = load(data__test=name, evaluate__protocol="published")
+        o = full.offload
+        assert (o.temperature, o.top_p, o.max_tokens) == (0.6, 0.95, 32_768)
+        assert (full.samples, full.n_problems) == (samples, None)
+    quick = load(data__test="math500", evaluate__protocol="quick")
+    assert (quick.offload.max_tokens, quick.samples, quick.n_problems) == (4096, 1, 50)
+
+
+def test_the_plan_counts_the_tokens_of_the_protocol():
+    need = {}
+    for name in ("own", "published"):
+        p = params.load("params/node.yaml", **{"data.test": "aime24", "evaluate.protocol": name, "pair.small.context": None})
+        need[name] = sum(n.gib for n in memory.needs(p, ("05_evaluate",)) if n.kind == "caches" and n.what == "small")
+    assert need["published"] > 3 * need["own"]
+
+
+def test_names_survive_params():
+    p = params.load("params/cpu.yaml", **{"data.test": {"path": "aime24", "prompt": "boxed"}})
+    assert p.dataset == "aime24" and p.test.file is None
+    assert json.loads(p.model_dump_json())["data"]["test"]["prompt"] == "boxed"

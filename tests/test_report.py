@@ -1,0 +1,57 @@
+import json
+
+import numpy as np
+
+from srlib.__main__ import main
+from srlib.problems import write_jsonl
+
+
+def run(folder, policies, seed=0, n=400, first=0):
+    """A run's stage 05: policies, each with its accuracy and offload share."""
+    stage = folder / "05_evaluate"
+    (stage / "completions").mkdir(parents=True)
+    rows = []
+    luck = np.random.default_rng(7).random(n)  # a problem is easy or hard for every policy
+    for i, (name, (accuracy, share)) in enumerate(policies.items()):
+        noise = np.random.default_rng([seed, i]).normal(0, 0.1, n)
+        big = round(100 * share)
+        records = [
+            {"id": str(first + j), "correct": bool(x), "big_tokens": big, "small_tokens": 100 - big}
+            for j, x in enumerate(luck + noise < accuracy)
+        ]
+        write_jsonl(stage / "completions" / f"{name}.jsonl", records)
+        rows.append({"policy": name, "dataset": "arith", "samples_per_problem": 1, "max_tokens": 96})
+    (stage / "results.json").write_text(json.dumps(rows))
+    return str(folder)
+
+
+def test_compare_in_words_and_numbers(tmp_path, capsys):
+    a = run(tmp_path / "a", {"small": (0.2, 0.0), "learned": (0.7, 0.05)})
+    b = run(tmp_path / "b", {"small": (0.2, 0.0), "learned": (0.8, 0.08), "grpo": (0.9, 0.1)}, seed=1)
+    assert main(["compare", a, b]) == 0
+    printed = capsys.readouterr().out
+    assert "grpo" not in printed
+    assert "learned: B is more accurate by" in printed and "small: no difference can be told" in printed
+    (line,) = (x for x in printed.splitlines() if x.startswith("learned  "))
+    assert "5.0%" in line and "8.0%" in line and " 400 " in line
+    assert main(["compare", b, a, "--policy", "grpo:learned"]) == 0
+    assert "grpo:learned: B is less accurate by" in capsys.readouterr().out
+
+
+def test_mistakes(tmp_path, capsys):
+    def says(*arguments):
+        assert main(["compare", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert len(error.strip().splitlines()) == 1
+        return error
+
+    a = run(tmp_path / "a", {"small": (0.2, 0.0), "learned": (0.7, 0.05)})
+    others = run(tmp_path / "b", {"small": (0.2, 0.0)}, first=1000)
+    assert "small: The two sets of records hold different problems" in says(a, others)
+    assert "did you mean 'learned'?" in says(a, others, "--policy", "learnt")
+    assert "run stage 05 there first" in says(a, str(tmp_path / "none"))
+    assert "have no policy in common" in says(a, run(tmp_path / "c", {"big": (0.9, 1.0)}))
+    (tmp_path / "a" / "05_evaluate" / "completions" / "small.jsonl").write_text('{"id": "0", "text": "…"}\n')
+    assert "is not complete" in says(a, a)
+    (tmp_path / "a" / "05_evaluate" / "results.json").write_text("[{")
+    assert "is damaged" in says(a, a)
