@@ -20,7 +20,7 @@ def test_a_params_file_and_values():
         assert p.grpo.reward_weights == {"latency": combination.values["grpo.reward_weights.latency"]}
         assert p.grpo.max_steps == 5 and p.seed == combination.seed
         assert p.base.folder == str(bases[p.seed].run_dir)
-        assert set(STAGES) - set(p.base.stages) == {"03_grpo", "05_evaluate"}
+        assert set(STAGES) - set(p.base.stages) == {"03_grpo", "05_evaluate", "07_latency"}  # 07 is not run
         assert p.tuned.adapter.startswith(p.base.folder) and p.reinforced.adapter.startswith(str(p.run_dir))
     assert len({p.run_dir for _, p in runs}) == len(runs)
 
