@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from srlib import SrlibError
-from srlib.engine import SCORE_POSITIONS
+from srlib.engine import SCORE_POSITIONS, SCORE_TOKENS
 from srlib.params import ROOT, ModelSpec, Params, build
 
 GIB = 2**30
@@ -194,7 +194,10 @@ class _Model:
         """Bytes for the log-probabilities of whole traces."""
         if self.spec.engine == "vllm":
             return self.reading(1, min(VLLM_TOKENS, batch * length), 0, min(VLLM_TOKENS, batch * length))
-        return self.reading(batch, length, 0, SCORE_POSITIONS)
+        if batch * length <= SCORE_TOKENS:
+            return self.reading(batch, length, 0, SCORE_POSITIONS)
+        width = max(1, SCORE_TOKENS // batch)  # read in several passes, with a cache
+        return self.cache(batch * length) + self.reading(batch, width, length, SCORE_POSITIONS)
 
     def training(self, batch: int, length: int, checkpointing: bool) -> float:
         """Bytes of activations of a batch under LoRA.
