@@ -54,6 +54,12 @@ class Annotated(BaseModel):
         """The trace with its tags."""
         return spans.wrap(self.trace, self.spans)
 
+    @property
+    def pieces(self) -> list[tuple[str, bool]]:
+        """The trace cut at its spans: (text, in a span)."""
+        ends = [0, *(position for span in self.spans for position in span), len(self.trace)]
+        return [(self.trace[a:b], i % 2 == 1) for i, (a, b) in enumerate(zip(ends, ends[1:]))]
+
 
 def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> tuple[list[Annotated], dict[str, Any]]:
     """Annotate traces as the params say; what is done is on the disk at once, and is not done again.
@@ -115,7 +121,7 @@ def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> 
 FOUND = ("word for word", "but for case and spaces", "by likeness")
 
 
-def compare(p: Params, asked: list[Problem], small=None, big=None) -> dict[str, list[Annotated]]:
+def compare(p: Params, asked: list[Problem | Annotated], small=None, big=None) -> dict[str, list[Annotated]]:
     """What the annotators of `p.annotate.compare` mark in the same traces, by name."""
     tokenizer = small.tokenizer if small else load_tokenizer(p.small)
     return {
@@ -181,6 +187,14 @@ def given(problems: list[Problem], tokenizer) -> Iterator[Annotated | str]:
         tokens = spans.merge(cover(span, offsets) for span in marked)
         share = sum(end - start for start, end in tokens) / len(offsets)
         yield _annotated(plain, tokens, offsets, "given").model_copy(update={"spans": marked, "share": share})
+
+
+def by_token(small, big, problem: Problem) -> list[dict[str, Any]]:
+    """What `gap` sees of one trace: each token, its log-probability by either model, and the difference."""
+    prompt, trace = encode_prompt(small.tokenizer, problem.prompt), _encoded(small.tokenizer, problem)["input_ids"]
+    by = [model.score([prompt + trace])[0][len(prompt) - 1 :] for model in (small, big)]
+    names = small.tokenizer.convert_ids_to_tokens(trace)
+    return [{"token": t, "small": s, "big": b, "gap": b - s} for t, s, b in zip(names, *by)]
 
 
 def choose(gaps: list[float], config: Annotate, whole: Sequence[Span] = ()) -> list[Span]:

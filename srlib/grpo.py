@@ -36,9 +36,9 @@ from srlib.offload import SMALL, Offloader, Trace
 from srlib.params import Grpo, ModelSpec, Offload, Params, build, find
 from srlib.policies import Learned, Never
 from srlib.problems import Problem
-from srlib.problems import load as load_problems
 from srlib.rewards import REWARDS, Rollout, Targets, weights
 from srlib.sft import ready_for_trl, save_adapter
+from srlib.traces import load as load_traces
 
 
 def train(
@@ -161,7 +161,7 @@ def _work(job: Path) -> None:
         torch.set_num_threads(p.threads)
     set_seed(p.seed)
     speed = PairSpeed(**{**given["speed"], **{side: Speed(**given["speed"][side]) for side in ("small", "big")}})
-    tasks = load_problems(p.traces, p.grpo.n_problems, p.seed)
+    tasks, _ = load_traces(p.traces, p.grpo.n_problems, p.seed, worked=False)
     PartialState()  # makes this process's GPU the current one, on which models are loaded
     big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None
     train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, Path(given["folder"]))

@@ -162,7 +162,8 @@ def ask(judge, problems: list[Problem], config: Annotate, journal: Journal, expe
             for verdict in answers:
                 spent.add(verdict.usage)
                 bar.update()
-                bar.set_postfix(cost=f"{spent.cost(config.judge):.2f}", refresh=False)
+                cost, done = spent.cost(config.judge), len(problems) - bar.total + bar.n
+                bar.set_postfix(cost=f"{cost:.2f} of {cost / done * len(problems):.2f}", refresh=False)
                 failed.append(verdict)
                 if not verdict.failed:
                     journal.append(*(v.record for v in failed))
@@ -172,10 +173,10 @@ def ask(judge, problems: list[Problem], config: Annotate, journal: Journal, expe
                         f"{judge.name} has failed on {HOPELESS} traces in a row ({verdict.reason}). The "
                         f"{len(journal.records)} answers before are kept: run again to go on."
                     )
-                if limit is not None and spent.cost(config.judge) > limit:
+                if limit is not None and cost > limit:
                     judge.stop(
                         f"annotate.judge.max_cost = {limit} is reached: {len(journal.records)} of {len(problems)} "
-                        f"traces are judged, for {spent.cost(config.judge):.2f}. Raise it, and run again to go on."
+                        f"traces are judged, for {cost:.2f}. Raise it, and run again to go on."
                     )
         finally:
             answers.close()

@@ -217,8 +217,11 @@ class _Model:
 
 def models(p: Params, stage: str) -> dict[str, _Model]:
     """The models a stage holds at the same time. Stage 05 loads its small models one after the other."""
-    small = p.small if stage == "01_annotate" else p.tuned
-    specs = {"small": small, "big": p.big}
+    if stage == "01_annotate":
+        local = {"judge": p.annotate.judge.local} if p.annotate.method == "judge" and p.annotate.judge.local else {}
+        specs = {side: getattr(p, side) for side in p.annotate.engines} | local
+        return {side: _Model(p, spec, _shape(p, spec, side)) for side, spec in specs.items()}
+    specs = {"small": p.tuned, "big": p.big}
     needless = p.grpo.rollout == "self" and p.latency.source != "calibrate"
     if stage == "02_sft" or (stage == "03_grpo" and needless):
         del specs["big"]
@@ -254,7 +257,8 @@ def _needs(p: Params, stage: str) -> Iterator[Need]:
         length = min(p.sft.max_length, model.shape.context)  # of a worked trace
         parts = {"weights": model.weights(), "caches": model.caches(together)}
         active = model.generating(together)
-        if stage == "01_annotate":
+        writes = side == "judge" or (side == "big" and p.annotate.tries)
+        if stage == "01_annotate" and not writes:
             active = model.scoring(p.annotate.batch_size, length)
             parts["caches"] = 0.0 if model.spec.engine == "transformers" else model.caches(p.annotate.batch_size)
         if trained:

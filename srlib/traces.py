@@ -41,8 +41,7 @@ def load(source: Source, n: int, seed: int = 0, worked: bool = True) -> tuple[li
         SrlibError: no such file, data set or column, or fewer than `n` rows can be used.
     """
     if source.file is not None and not source.columns:
-        rows = problems.load(source, n, seed)
-        return ([row.model_copy(update={"trace": None}) for row in rows] if not worked else rows), Counter()
+        return problems.load(source, n, seed), Counter()
     if source.file is not None:
         rows: Any = problems.read_jsonl(source.file, dict)
         random.Random(seed).shuffle(rows)
@@ -75,6 +74,7 @@ def gather(p: Params, folder: Path, big=None) -> tuple[list[Problem], Counter[st
     if config.tries:
         decides = [p.big.model_dump(), p.offload.settings, config.tries, config.temperature, p.seed]
         name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+        found = [problem.model_copy(update={"trace": None}) for problem in found]
         with Journal(folder / f"written-{name}.journal.jsonl") as journal:
             found, wrong = write(big, found, config, p.offload, p.seed, journal)
         dropped += wrong
