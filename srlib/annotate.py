@@ -2,21 +2,33 @@
 
 Every annotator writes the same record, spans as character positions in the plain trace, so
 that one can take another's place. `gap` needs no judge: it marks the tokens that the big
-model finds much likelier than the small one, from one forward pass of each.
+model finds much likelier than the small one, from one forward pass of each. `judge` asks a
+language model (see `srlib.judge`), `entropy` marks where the small model is unsure, `random` is
+what any of them must beat, and `given` takes the tags that the traces come with.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+import json
+import random as random_numbers
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 from tqdm.auto import tqdm
 
-from srlib import SrlibError, spans
-from srlib.params import Annotate
+from srlib import SrlibError, judge, problems, spans, traces
+from srlib.align import Match, align, cover, units, why
+from srlib.journal import Journal
+from srlib.params import Annotate, Params
 from srlib.problems import Problem, encode_prompt
 from srlib.spans import Span
+
 
 
 class Annotated(BaseModel):
@@ -42,14 +54,90 @@ class Annotated(BaseModel):
         """The trace with its tags."""
         return spans.wrap(self.trace, self.spans)
 
+    @property
+    def pieces(self) -> list[tuple[str, bool]]:
+        """The trace cut at its spans: (text, in a span)."""
+        ends = [0, *(position for span in self.spans for position in span), len(self.trace)]
+        return [(self.trace[a:b], i % 2 == 1) for i, (a, b) in enumerate(zip(ends, ends[1:]))]
+
+
+def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> tuple[list[Annotated], dict[str, Any]]:
+    """Annotate traces as the params say; what is done is on the disk at once, and is not done again.
+
+    Writes `annotated.jsonl` (a row a trace, the shortest first), `report.json`, and for a judge
+    `unaligned.jsonl`, the passages that were not found, each with its reason. The journal beside
+    them is named after all that decides what is in it, so other params do not meet it; a judge's
+    holds its answers, and how passages are found and kept may change without asking again.
+
+    Args:
+        folder: of the stage's artefacts.
+        asked: problems with traces.
+        small, big: engines, as far as `p.annotate.engines` names them.
+
+    Returns:
+        the rows, and the report.
+
+    Raises:
+        SrlibError: another process is at work in `folder`, no trace can be annotated, or what the
+            annotator raises. What was done until then is kept.
+    """
+    config, tokenizer = p.annotate, small.tokenizer if small else load_tokenizer(p.small)
+    report: dict[str, Any] = {"annotator": config.method, "traces": len(asked)}
+    with Journal(folder / f"{config.method}-{_digest(p)}.journal.jsonl") as journal:
+        if config.method == "judge":
+            expected = judge.estimate(asked, config, tokenizer)
+            print(
+                f"{len(asked)} traces: about {expected.prompt_tokens:,} tokens to read and "
+                f"{expected.completion_tokens:,} to write, cost {expected.cost(config.judge):.2f}"
+            )
+            judge.ask(_judge(p), asked, config, journal, expected)
+            report["estimate"] = vars(expected)
+        else:
+            _annotate(p, asked, tokenizer, small, big, journal)
+    rows, dropped, found = [], Counter(), []
+    for problem in sorted(asked, key=lambda problem: len(problem.trace)):
+        row = _row(problem, journal.records[traces.key(problem)], config, tokenizer, found)
+        if isinstance(row, Annotated):
+            rows.append(row)
+        else:
+            dropped[row] += 1
+    if not rows:
+        raise SrlibError(f"No trace could be annotated: {traces.told(dropped)}.")
+    problems.write_jsonl(folder / "annotated.jsonl", rows)
+    report |= {"annotated": len(rows), "dropped": dict(dropped.most_common())}
+    report["share"] = sum(row.share for row in rows) / len(rows)
+    if config.method == "judge":
+        usage = judge.Usage()
+        for problem in asked:
+            usage.add(journal.records[traces.key(problem)])
+        report |= {**vars(usage), "cost": usage.cost(config.judge)}
+        report["passages"] = dict(Counter(how for _, _, how in found).most_common())
+        lost = ({"id": id_, "snippet": snippet, "reason": how} for id_, snippet, how in found if how not in FOUND)
+        problems.write_jsonl(folder / "unaligned.jsonl", lost)
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    return rows, report
+
+
+FOUND = ("word for word", "but for case and spaces", "by likeness")
+
+
+def compare(p: Params, asked: list[Problem | Annotated], small=None, big=None) -> dict[str, list[Annotated]]:
+    """What the annotators of `p.annotate.compare` mark in the same traces, by name."""
+    tokenizer = small.tokenizer if small else load_tokenizer(p.small)
+    return {
+        name: list(_annotator(p, name, tokenizer, small, big)(asked))
+        for name in p.annotate.compare
+        if name != p.annotate.method
+    }
+
 
 def gap(small, big, problems: list[Problem], config: Annotate) -> Iterator[Annotated]:
     """Mark the tokens with log p_big − log p_small > threshold (nats).
 
-    Two prefills a trace, `config.batch_size` traces at a time. A number is marked as a whole or
-    not at all; marks at most `merge_gap` tokens apart become one span, spans are cut at
-    `max_span_tokens`, and where the marks exceed `max_share` of the trace the spans with the
-    largest total gap stay.
+    Two prefills a trace, `config.batch_size` traces at a time. A number or a LaTeX command is
+    marked as a whole or not at all; marks at most `merge_gap` tokens apart become one span, spans
+    are cut at `max_span_tokens`, and where the marks exceed `max_share` of the trace the spans
+    with the largest total gap stay.
 
     Args:
         small, big: engines of one vocabulary.
@@ -59,68 +147,156 @@ def gap(small, big, problems: list[Problem], config: Annotate) -> Iterator[Annot
         SrlibError: a problem has no trace, or the models do not share a vocabulary.
     """
     check_vocabularies(small.tokenizer, big.tokenizer)
+
+    def gaps(sequences: list[list[int]]) -> list[list[float]]:
+        return [[b - s for s, b in zip(*both)] for both in zip(small.score(sequences), big.score(sequences))]
+
+    return _by_value(gaps, "gap", problems, config, small.tokenizer)
+
+
+def entropy(small, problems: list[Problem], config: Annotate) -> Iterator[Annotated]:
+    """As `gap`, but for the tokens at which the small model's distribution has an entropy above the threshold (nats)."""
+    return _by_value(small.entropies, "entropy", problems, config, small.tokenizer)
+
+
+def random(problems: list[Problem], config: Annotate, tokenizer, seed: int = 0) -> Iterator[Annotated]:
+    """Spans of 1 to `max_span_tokens` tokens at random places, until they are `share` of the trace."""
     for problem in problems:
-        if not problem.trace:
-            raise SrlibError(f"Problem {problem.id} has no worked trace, and the gap annotator needs one.")
-    # Traces of like length share a batch, so that little is padding.
-    order = sorted(problems, key=lambda problem: len(problem.trace))
-    bar = tqdm(total=len(problems), desc="annotate", unit="trace", mininterval=1)
-    for at in range(0, len(order), config.batch_size):
-        batch = order[at : at + config.batch_size]
-        prompts = [encode_prompt(small.tokenizer, problem.prompt) for problem in batch]
-        traces = [
-            small.tokenizer(problem.trace, add_special_tokens=False, return_offsets_mapping=True) for problem in batch
-        ]
-        sequences = [prompt + trace["input_ids"] for prompt, trace in zip(prompts, traces)]
-        scores = zip(small.score(sequences), big.score(sequences))
-        for problem, prompt, trace, (by_small, by_big) in zip(batch, prompts, traces, scores):
-            gaps = [b - s for s, b in zip(by_small, by_big)][len(prompt) - 1 :]  # one for each trace token
-            offsets = trace["offset_mapping"]
-            marked = choose(gaps, config, numbers(problem.trace, offsets))
-            yield Annotated(
-                **problem.model_dump(include={"id", "prompt", "answer", "trace"}),
-                spans=[Span(offsets[start][0], offsets[end - 1][1]) for start, end in marked],
-                share=sum(end - start for start, end in marked) / len(gaps),
-                annotator="gap",
-            )
-        bar.update(len(batch))
-    bar.close()
+        offsets = _encoded(tokenizer, problem)["offset_mapping"]
+        rng, n = random_numbers.Random(f"{seed} {problem.id}"), len(offsets)
+        marked: set[int] = set()
+        while len(marked) < int(config.share * n):
+            size = min(rng.randint(1, config.max_span_tokens), int(config.share * n) - len(marked))
+            start = rng.randint(0, n - size)
+            marked.update(range(start, start + size))
+        chosen = [Span(i, i + 1) for i in marked]
+        whole = units(problem.trace, offsets)
+        yield _annotated(problem, settle(chosen, n, config, whole, lambda *_: rng.random()), offsets, "random")
+
+
+def given(problems: list[Problem], tokenizer) -> Iterator[Annotated | str]:
+    """The spans that the tags in the traces mark, either spelling of the closing one; a string: what is wrong."""
+    for problem in problems:
+        faults, marked = spans.faults(problem.trace), spans.parse(problem.trace)
+        if faults or not marked:
+            names = ", ".join(sorted(faults))
+            yield f"tags are {names}" if faults else "no span is marked"
+            continue
+        plain = problem.model_copy(update={"trace": spans.strip(problem.trace)})
+        offsets = _encoded(tokenizer, plain)["offset_mapping"]
+        tokens = spans.merge(cover(span, offsets) for span in marked)
+        share = sum(end - start for start, end in tokens) / len(offsets)
+        yield _annotated(plain, tokens, offsets, "given").model_copy(update={"spans": marked, "share": share})
+
+
+def by_token(small, big, problem: Problem) -> list[dict[str, Any]]:
+    """What `gap` sees of one trace: each token, its log-probability by either model, and the difference."""
+    prompt, trace = encode_prompt(small.tokenizer, problem.prompt), _encoded(small.tokenizer, problem)["input_ids"]
+    by = [model.score([prompt + trace])[0][len(prompt) - 1 :] for model in (small, big)]
+    names = small.tokenizer.convert_ids_to_tokens(trace)
+    return [{"token": t, "small": s, "big": b, "gap": b - s} for t, s, b in zip(names, *by)]
 
 
 def choose(gaps: list[float], config: Annotate, whole: Sequence[Span] = ()) -> list[Span]:
     """Spans, in tokens, for the gaps of one trace; those in `whole` are not cut into. See `gap`."""
     hard = [Span(i, i + 1) for i, value in enumerate(gaps) if value > config.threshold]
-    hard += [unit for unit in whole if max(gaps[unit.start : unit.end]) > config.threshold]
-    size = config.max_span_tokens
-    joined = spans.merge(hard, config.merge_gap)
-    cut = [Span(i, min(i + size, end)) for start, end in joined for i in range(start, end, size)]
-    left, kept = int(config.max_share * len(gaps)), []
-    for span in sorted(cut, key=lambda s: -sum(gaps[s.start : s.end])):
-        if span.end - span.start <= left:
-            kept.append(span)
-            left -= span.end - span.start
+    return settle(hard, len(gaps), config, whole, lambda span, _: sum(gaps[span.start : span.end]))
+
+
+def settle(
+    marked: Iterable[Span], n: int, config: Annotate, whole: Sequence[Span], worth: Callable[[Span, Span], float]
+) -> list[Span]:
+    """What of the marks becomes the annotation, in tokens: whole units, near ones joined, the budget kept.
+
+    Args:
+        marked: spans of tokens, of `n`.
+        whole: spans that are marked as a whole or not at all, in order.
+        worth: of a piece of at most `max_span_tokens`, and of the span it is cut from; where the
+            budget does not hold them all, the pieces with the highest stay.
+    """
+    marked = list(marked)
+    inside = [False] * n
+    for start, end in marked:
+        inside[start:end] = [True] * (end - start)
+    touched = [unit for unit in whole if any(inside[unit.start : unit.end])]
+    joined = spans.merge([*marked, *touched], config.merge_gap)
+    pieces = [(piece, span) for span in joined for piece in _cut(span, config.max_span_tokens, touched)]
+    left, kept = int(config.max_share * n), []
+    for piece, _ in sorted(pieces, key=lambda each: -worth(*each)):
+        if piece.end - piece.start <= left:
+            kept.append(piece)
+            left -= piece.end - piece.start
     return spans.merge(kept)
 
 
-def numbers(text: str, offsets: Sequence[tuple[int, int]]) -> list[Span]:
-    """The numbers of `text` as spans of tokens.
+@dataclass(frozen=True)
+class Agreement:
+    """Of two annotators over the tokens of the same traces; `low` and `high` bound F1, 95 %, clustered by trace."""
 
-    To hand over within a number would ask the small model for its last digits, which it can
-    know as little as the first.
+    f1: float
+    low: float
+    high: float
+    kappa: float  # Cohen's
+    precision: float  # of the first, if the second is the truth
+    recall: float
+    n_traces: int
+
+
+def agreement(
+    rows: Sequence[Annotated], others: dict[str, Sequence[Span]], tokenizer, draws: int = 1000, seed: int = 0
+) -> Agreement:
+    """How far two annotators mark the same tokens: F1, and kappa = (observed − expected) / (1 − expected).
+
+    The interval is that of a bootstrap over traces (Efron, 1979), as tokens of one are not independent.
 
     Args:
-        offsets: characters of each token, in order.
+        rows: of one annotator.
+        others: spans, in characters, of the other for each of the traces, by id.
     """
-    found, at = [], 0
-    for match in re.finditer(r"\d+", text):
-        while at < len(offsets) and offsets[at][1] <= match.start():
-            at += 1
-        start = at
-        while at < len(offsets) and offsets[at][0] < match.end():
-            at += 1
-        if at > start:
-            found.append(Span(start, at))
-    return found
+    counts = []
+    for row in rows:
+        offsets = _encoded(tokenizer, row)["offset_mapping"]
+        both = np.zeros((2, len(offsets)), bool)
+        for mask, marked in zip(both, (row.spans, others[row.id])):
+            for span in marked:
+                mask[slice(*cover(span, offsets))] = True
+        a, b = both
+        counts.append([(a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()])
+    table = np.array(counts)
+
+    def f1(sums: np.ndarray) -> np.ndarray:
+        return 2 * sums[..., 0] / np.maximum(1, 2 * sums[..., 0] + sums[..., 1] + sums[..., 2])
+
+    drawn = np.random.default_rng(seed).integers(len(table), size=(draws, len(table)))
+    low, high = np.quantile(f1(table[drawn].sum(1)), [0.025, 0.975])
+    sums = table.sum(0)
+    hit, ours, theirs, _ = sums
+    n = sums.sum()
+    observed = (n - ours - theirs) / n
+    expected = ((hit + ours) * (hit + theirs) + (n - hit - ours) * (n - hit - theirs)) / n**2
+    return Agreement(
+        f1=float(f1(sums)),
+        low=float(low),
+        high=float(high),
+        kappa=float((observed - expected) / (1 - expected)) if expected < 1 else 1.0,
+        precision=float(hit / max(1, hit + ours)),
+        recall=float(hit / max(1, hit + theirs)),
+        n_traces=len(rows),
+    )
+
+
+def load_tokenizer(spec):
+    """The tokenizer of a model alone.
+
+    Raises:
+        SrlibError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(spec.adapter or spec.path)
+    except OSError as error:
+        raise SrlibError(f"{spec.path} has no tokenizer here or on the hub: {str(error).splitlines()[0]}") from None
 
 
 def check_vocabularies(small, big) -> None:
@@ -136,3 +312,137 @@ def check_vocabularies(small, big) -> None:
             f"The two models do not share a vocabulary: {len(differing)} tokens of the big one differ, "
             f"such as {differing[0]!r}. Choose two models of one family."
         )
+
+
+def _by_value(
+    measure: Callable[[list[list[int]]], list[list[float]]],
+    name: str,
+    problems: list[Problem],
+    config: Annotate,
+    tokenizer,
+) -> Iterator[Annotated]:
+    """Rows by a number for each token, `config.batch_size` traces at a time.
+
+    Args:
+        measure: sequences of ids to the number of every id but the first.
+    """
+    for problem in problems:
+        if not problem.trace:
+            raise SrlibError(f"Problem {problem.id} has no worked trace, and the {name} annotator needs one.")
+    # Traces of like length share a batch, so that little is padding.
+    order = sorted(problems, key=lambda problem: len(problem.trace))
+    bar = tqdm(total=len(problems), desc=name, unit="trace", mininterval=1)
+    for at in range(0, len(order), config.batch_size):
+        batch = order[at : at + config.batch_size]
+        prompts = [encode_prompt(tokenizer, problem.prompt) for problem in batch]
+        encoded = [_encoded(tokenizer, problem) for problem in batch]
+        measured = measure([prompt + trace["input_ids"] for prompt, trace in zip(prompts, encoded)])
+        for problem, prompt, trace, values in zip(batch, prompts, encoded, measured):
+            offsets = trace["offset_mapping"]
+            marked = choose(values[len(prompt) - 1 :], config, units(problem.trace, offsets))
+            yield _annotated(problem, marked, offsets, name)
+        bar.update(len(batch))
+    bar.close()
+
+
+def _encoded(tokenizer, problem: Problem | Annotated):
+    return tokenizer(problem.trace, add_special_tokens=False, return_offsets_mapping=True)
+
+
+def _annotated(problem: Problem, marked: list[Span], offsets: Sequence[tuple[int, int]], name: str) -> Annotated:
+    """The row for spans in tokens."""
+    characters = [Span(offsets[start][0], offsets[end - 1][1]) for start, end in marked]
+    return Annotated(
+        **problem.model_dump(include={"id", "prompt", "answer", "trace"}),
+        spans=spans.merge(characters, gap=-1),  # one character may be of two tokens, and so of two spans
+        share=sum(end - start for start, end in marked) / len(offsets),
+        annotator=name,
+    )
+
+
+def _annotator(p: Params, name: str, tokenizer, small, big) -> Callable[[list[Problem]], Iterator[Annotated | str]]:
+    """An annotator that needs no asking, ready to be given traces."""
+    config = p.annotate
+    return {
+        "gap": lambda asked: gap(small, big, asked, config),
+        "entropy": lambda asked: entropy(small, asked, config),
+        "random": lambda asked: random(asked, config, tokenizer, p.seed),
+        "given": lambda asked: given(asked, tokenizer),
+    }[name]
+
+
+def _annotate(p: Params, asked: list[Problem], tokenizer, small, big, journal: Journal) -> None:
+    """Annotate what the journal does not have, and write it down batch by batch."""
+    todo = {traces.key(problem): problem for problem in asked}
+    # In the order in which the annotators answer.
+    todo = sorted((x for name, x in todo.items() if name not in journal.records), key=lambda x: len(x.trace))
+    pending: list[dict[str, Any]] = []
+    for problem, row in zip(todo, _annotator(p, p.annotate.method, tokenizer, small, big)(todo)):
+        made = {"reason": row} if isinstance(row, str) else {"spans": row.spans, "share": row.share}
+        pending.append({"key": traces.key(problem)} | made)
+        if len(pending) >= p.annotate.batch_size:
+            journal.append(*pending)
+            pending = []
+    journal.append(*pending)
+
+
+def _row(
+    problem: Problem, record: dict[str, Any], config: Annotate, tokenizer, found: list[tuple[str, str, str]]
+) -> Annotated | str:
+    """The row of a trace by its record, or why there is none; adds each passage of a judge to `found`, with how."""
+    if record.get("reason"):
+        return record["reason"]
+    if "snippets" not in record:
+        plain = problem.model_copy(update={"trace": spans.strip(problem.trace)})
+        kept = plain.model_dump(include={"id", "prompt", "answer", "trace"})
+        return Annotated(**kept, spans=record["spans"], share=record["share"], annotator=config.method)
+    matches = align(record["snippets"], problem.trace, config.min_score)
+    found += ((problem.id, s, _how(s, m, problem.trace)) for s, m in zip(record["snippets"], matches))
+    offsets = _encoded(tokenizer, problem)["offset_mapping"]
+    marked = [cover(Span(match.start, match.end), offsets) for match in matches if match]
+    whole = units(problem.trace, offsets)
+    # Where a judge marks more than it may, its longest passages stay: fewest hand-overs for the share.
+    chosen = settle(marked, len(offsets), config, whole, lambda _, span: span.end - span.start)
+    return _annotated(problem, chosen, offsets, "judge") if chosen else "no passage is within the budget"
+
+
+def _how(snippet: str, match: Match | None, trace: str) -> str:
+    if match is None:
+        return why(snippet)
+    if match.score < 1:
+        return FOUND[2]
+    return FOUND[0] if snippet.strip() in trace else FOUND[1]
+
+
+def _judge(p: Params) -> judge.Endpoint | judge.Local:
+    config = p.annotate.judge
+    if config.local is None:
+        return judge.Endpoint(config)
+    from srlib import engine
+
+    slots = min(p.annotate.batch_size, p.offload.batch_size)
+    return judge.Local(config, engine.load(config.local, slots), slots, p.seed)
+
+
+def _digest(p: Params) -> str:
+    """Of all that decides what an annotator answers."""
+    config = p.annotate
+    if config.method == "judge":
+        asked = config.judge.model_dump(include={"model", "base_url", "local", "temperatures", "max_tokens"})
+        decides = [asked, config.share, judge.PROMPT, p.seed if config.judge.local else None]
+    else:
+        rest = config.model_dump(exclude={"judge", "compare", "n_compare", "n_traces", "batch_size"})
+        decides = [rest, p.seed, p.small.model_dump(), p.big.model_dump()]
+    return sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _cut(span: Span, size: int, whole: Sequence[Span]) -> Iterator[Span]:
+    """`span` in pieces of at most `size` tokens, none of which ends inside a unit of `whole` (unless that is longer)."""
+    start = span.start
+    while start < span.end:
+        end = min(start + size, span.end)
+        for unit in whole:
+            if unit.start < end < unit.end:
+                end = unit.start if unit.start > start else min(unit.end, span.end)
+        yield Span(start, end)
+        start = end

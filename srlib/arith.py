@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from srlib import problems
 from srlib.params import Arith, ArithModel
 from srlib.problems import Problem
+from srlib.spans import Span
 
 MODULUS = 100
 EOS, THINK, END_THINK = "<|endoftext|>", "<think>", "</think>"
@@ -174,6 +176,11 @@ def write_problems(config: Arith, seed: int, folder: Path) -> None:
     for split, n in (("traces", config.n_traces), ("test", config.n_test)):
         stream = generate(config, split, seed)
         problems.write_jsonl(folder / f"{split}.jsonl", (next(stream) for _ in range(n)))
+
+
+def hard_spans(trace: str) -> list[Span]:
+    """The truth about a trace, in characters: the results of its products, which a tiny model can only guess."""
+    return [Span(*match.span(1)) for match in re.finditer(r"\*\d+=(\d+);", trace)]
 
 
 def step_table(batch: list[Problem], texts: list[str]) -> dict[str, tuple[int, int]]:

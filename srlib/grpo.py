@@ -37,9 +37,9 @@ from srlib.offload import SMALL, Offloader, Trace
 from srlib.params import Grpo, ModelSpec, Offload, Params, build, find
 from srlib.policies import Learned, Never
 from srlib.problems import Problem
-from srlib.problems import load as load_problems
 from srlib.rewards import REWARDS, Rollout, Targets, weights
 from srlib.sft import ready_for_trl, save_adapter, write_adapter
+from srlib.traces import load as load_traces
 
 
 def train(
@@ -132,7 +132,7 @@ def train(
 def run(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
     """`train` as the params ask for it, in this process."""
     big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None
-    tasks = load_problems(p.traces, p.grpo.n_problems, p.seed)
+    tasks, _ = load_traces(p.traces, p.grpo.n_problems, p.seed, worked=False)
     small = p.rollout_small if p.grpo.use_vllm else None
     return train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, folder, small)
 

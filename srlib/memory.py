@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from srlib import SrlibError, benchmarks
-from srlib.engine import SCORE_POSITIONS
+from srlib.engine import SCORE_POSITIONS, SCORE_TOKENS
 from srlib.params import ROOT, ModelSpec, Params, build
 
 GIB = 2**30
@@ -194,7 +194,10 @@ class _Model:
         """Bytes for the log-probabilities of whole traces."""
         if self.spec.engine == "vllm":
             return self.reading(1, min(VLLM_TOKENS, batch * length), 0, min(VLLM_TOKENS, batch * length))
-        return self.reading(batch, length, 0, SCORE_POSITIONS)
+        if batch * length <= SCORE_TOKENS:
+            return self.reading(batch, length, 0, SCORE_POSITIONS)
+        width = max(1, SCORE_TOKENS // batch)  # read in several passes, with a cache
+        return self.cache(batch * length) + self.reading(batch, width, length, SCORE_POSITIONS)
 
     def training(self, batch: int, length: int, checkpointing: bool) -> float:
         """Bytes of activations of a batch under LoRA.
@@ -216,8 +219,11 @@ def models(p: Params, stage: str) -> dict[str, _Model]:
     """The models a stage holds at the same time. Stage 05 loads its small models one after the other."""
     if stage == "05_evaluate":
         p = p.model_copy(update={"offload": benchmarks.protocol(p).offload})
-    small = p.small if stage == "01_annotate" else p.tuned
-    specs = {"small": small, "big": p.big}
+    if stage == "01_annotate":
+        local = {"judge": p.annotate.judge.local} if p.annotate.method == "judge" and p.annotate.judge.local else {}
+        specs = {side: getattr(p, side) for side in p.annotate.engines} | local
+        return {side: _Model(p, spec, _shape(p, spec, side)) for side, spec in specs.items()}
+    specs = {"small": p.tuned, "big": p.big}
     needless = p.grpo.rollout == "self" and p.latency.source != "calibrate"
     if stage == "02_sft" or (stage == "03_grpo" and needless):
         del specs["big"]
@@ -256,7 +262,8 @@ def _needs(p: Params, stage: str) -> Iterator[Need]:
         length = min(p.sft.max_length, model.shape.context)  # of a worked trace
         parts = {"weights": model.weights(), "caches": model.caches(together)}
         active = model.generating(together)
-        if stage == "01_annotate":
+        writes = side == "judge" or (side == "big" and p.annotate.tries)
+        if stage == "01_annotate" and not writes:
             active = model.scoring(p.annotate.batch_size, length)
             parts["caches"] = 0.0 if model.spec.engine == "transformers" else model.caches(p.annotate.batch_size)
         if trained:

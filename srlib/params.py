@@ -117,7 +117,7 @@ class Source(Section):
     path: str = Field(min_length=1, description="a JSONL file, a data set on the hub, or a name of srlib/benchmarks.py")
     config: str | None = Field(None, description="hub: configuration of the data set")
     split: str = Field("train", description="hub: its split")
-    columns: dict[Literal["id", "prompt", "answer", "trace"], str] = Field(
+    columns: dict[Literal["id", "prompt", "answer", "trace", "correct"], str] = Field(
         {}, description="field: column it is read from; empty: the columns are named like the fields"
     )
     prompt: str = Field("", description="how it is asked: plain, boxed, base, or a text with {question}; empty: as it is")
@@ -142,14 +142,77 @@ class Data(Section):
     test: Source | None = Field(None, description="unseen problems")
 
 
+class Judge(Section):
+    """Who is asked which parts of a trace are hard: a server that speaks the OpenAI protocol, or a model loaded here."""
+
+    model: str = Field("", description="the server's name of its model")
+    base_url: str | None = Field(
+        None, description="such as https://api.deepseek.com/v1; empty: of the environment variable OPENAI_BASE_URL"
+    )
+    key: str | None = Field(
+        "OPENAI_API_KEY",
+        pattern=r"^[A-Z][A-Z0-9_]*$",
+        description="environment variable that holds the key, never the key itself; empty: the server wants none",
+    )
+    local: ModelSpec | None = Field(None, description="a model that is loaded here, in place of a server")
+    temperatures: list[float] = Field(
+        [0.0, 0.3, 0.6], min_length=1, description="of the first request for a trace, and of those after a bad answer"
+    )
+    max_tokens: int = Field(8192, ge=16, description="longest answer, a reasoning judge's thinking included")
+    concurrency: int = Field(16, ge=1, description="requests under way at the same time: a batch")
+    requests_per_minute: int = Field(0, ge=0, description="0: no limit")
+    retries: int = Field(6, ge=0, description="of a request that met what passes: 429, 5xx, time-outs, a lost connection")
+    timeout_s: float = Field(300.0, gt=0, description="seconds a server may be silent")
+    price_in: float = Field(0.0, ge=0, description="of a million tokens that are read, in any currency")
+    price_out: float = Field(0.0, ge=0, description="of a million tokens that are written")
+    max_cost: float | None = Field(None, gt=0, description="a run does not begin, or stops, that would cost more")
+
+    @model_validator(mode="after")
+    def _prices(self) -> Judge:
+        if self.max_cost is not None and not self.price_in + self.price_out:
+            raise ValueError("max_cost needs price_in and price_out, the prices of a million tokens")
+        return self
+
+
+Method = Literal["gap", "judge", "random", "entropy", "given"]
+
+
 class Annotate(Section):
-    method: Literal["gap"] = "gap"
+    method: Method = Field(
+        "gap",
+        description="big model much likelier; a judge's choice; at random; small model unsure; tags the traces have",
+    )
     n_traces: int = Field(4000, ge=1)
-    threshold: float = Field(0.5, gt=0, description="gap of log-probabilities that marks a token, in nats")
+    tries: int = Field(0, ge=0, description="traces the big model writes a problem, until one is right; 0: they are given")
+    temperature: float = Field(0.6, ge=0, description="at which it writes them")
+    threshold: float = Field(0.5, gt=0, description="gap of log-probabilities, or entropy, that marks a token, in nats")
+    share: float = Field(0.2, gt=0, le=1, description="of a trace: what random marks, and a judge is asked for")
     merge_gap: int = Field(0, ge=0, description="marks this many tokens apart, or fewer, become one span")
     max_span_tokens: int = Field(16, ge=1)
     max_share: float = Field(0.3, gt=0, le=1, description="most of a trace that may be marked, in tokens")
+    min_score: float = Field(0.85, gt=0.5, le=1, description="likeness from which a passage is what a judge quotes")
     batch_size: int = Field(128, ge=1)
+    compare: list[Literal["gap", "random", "entropy"]] = Field(
+        ["random", "entropy"], description="annotators put beside the chosen one"
+    )
+    n_compare: int = Field(500, ge=1, description="traces on which they are compared")
+    judge: Judge = Judge()
+
+    @model_validator(mode="after")
+    def _someone_to_ask(self) -> Annotate:
+        if self.method == "judge" and not self.judge.model and self.judge.local is None:
+            raise ValueError("method judge needs judge.model, the name of a server's model, or judge.local")
+        if self.tries > 1 and not self.temperature:
+            raise ValueError(f"tries is {self.tries}, but at temperature 0 all of them are the same")
+        return self
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The models of the pair that are loaded for it."""
+        methods = {self.method, *self.compare}
+        small = "small" if methods & {"gap", "entropy"} else None
+        big = "big" if "gap" in methods or self.tries else None
+        return tuple(side for side in (small, big) if side)
 
 
 class Sft(Section):

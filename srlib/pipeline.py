@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from srlib import SrlibError, engine, memory, problems
+from srlib import SrlibError, engine, journal, memory, problems
 from srlib.params import ROOT, Params, Source, find, from_notebook, nearest
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -147,6 +147,8 @@ def run(p: Params, first: str | None = None, only: str | None = None, until: str
         others = p.base.stages if p.base else []
         swept = (p.run_dir / "sweep.json").is_file()  # else there is nothing to compare
         chosen = [name for name in chosen if name not in others and (swept or "sweep" not in STAGES[name].reads)]
+        if "grpo" not in p.evaluate.policies and first != "03_grpo":  # nothing would read what it makes
+            chosen = [name for name in chosen if name != "03_grpo"]
     manifest = Manifest(p)
     to_make: list[str] = []
     for name in chosen:
@@ -171,9 +173,10 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
     """Execute one notebook; returns whether it went through."""
     import papermill
 
-    if not manifest.resumable(name):
-        shutil.rmtree(p.stage_dir(name))
     folder = p.stage_dir(name)
+    journal.check_idle(folder)
+    if not manifest.resumable(name):
+        _clear(folder)
     executed = folder / f"{name}.ipynb"
     manifest.start(name)
     start = time.perf_counter()
@@ -202,6 +205,15 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
     manifest.finish(name, "complete", seconds)
     print(f"{f'{name:<16} ' if terminal else ''}done in {seconds:.0f} s", flush=True)
     return True
+
+
+def _clear(folder: Path) -> None:
+    """Empty a stage's folder, but for what a judge was paid for: its journal is named after what it was asked."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not path.match("judge-*.journal.jsonl"):
+            path.unlink()
 
 
 class Manifest:
@@ -291,7 +303,7 @@ def _artefacts(p: Params) -> dict[str, _Artefact]:
     own_pair = p.pair.small.path is not None and p.pair.big.path is not None
     return {
         "pair": _Artefact((p.small.path, p.big.path), lambda: (engine.check(p.small), engine.check(p.big)), own_pair),
-        "traces": _Artefact((p.traces.file or p.traces.path,), lambda: _readable(p.traces), p.data.traces is not None),
+        "traces": _Artefact((p.traces.file or p.traces.path,), lambda: _usable(p.traces), p.data.traces is not None),
         "test": _Artefact((p.test.file or p.test.path,), lambda: _readable(p.test), p.data.test is not None),
         "annotated": _Artefact((p.annotated,), lambda: problems.read_jsonl(p.annotated, Annotated)),
         "adapter": _Artefact(
@@ -305,6 +317,15 @@ def _artefacts(p: Params) -> dict[str, _Artefact]:
 
 def _readable(source: Source) -> None:
     problems.load(source, None if source.file else 1)  # of a data set on the hub one row will do
+
+
+def _usable(source: Source) -> None:
+    if source.columns or not source.file:
+        from srlib import traces  # here, as it takes seconds to import what it needs
+
+        traces.load(source, 1, worked=False)  # damaged rows are left out, and one will do
+    else:
+        _readable(source)
 
 
 def _there(path: Path) -> None:

@@ -83,29 +83,38 @@ def step_accuracy(table: dict[str, dict[str, tuple[int, int]]]) -> Figure:
     return figure
 
 
-def span_positions(positions: dict[str, Sequence[float]], shares: dict[str, Sequence[float]]) -> Figure:
-    """Where spans begin in their traces (0 start, 1 end), and what share of each trace they take.
+def span_positions(
+    positions: dict[str, Sequence[float]],
+    shares: dict[str, Sequence[float]],
+    lengths: dict[str, Sequence[int]] | None = None,
+) -> Figure:
+    """Where spans begin in their traces (0 start, 1 end), what share of each trace they take, and how long they are.
 
     Args:
         positions: name → relative start of every span.
         shares: name → offload share of every trace.
+        lengths: name → characters of every span; None: no third panel.
     """
-    figure, (left, right) = _axes(10, 3.6, columns=2)
-    for axes, data, label in ((left, positions, "relative position in the trace"), (right, shares, "share of tokens")):
+    figure, panels = _axes(10 if lengths is None else 14, 3.6, columns=2 if lengths is None else 3)
+    left, right = panels[:2]
+    drawn = [(left, positions, "relative position in the trace"), (right, shares, "share of tokens")]
+    if lengths is not None:
+        drawn.append((panels[2], lengths, "characters in a span"))
+    for axes, data, label in drawn:
         names = [name for name in data if len(data[name])]
+        top = max((max(data[name]) for name in names), default=0)
         sns.histplot(
             {name: np.asarray(data[name]) for name in names},
-            bins=np.linspace(0, 1, 21) if axes is left else 20,
+            bins=np.linspace(0, 1, 21) if axes is left else np.arange(0.5, top + 1) if 1 < top <= 40 else 20,
             stat="probability",
             common_norm=False,
             element="step",
             ax=axes,
         )
         axes.set(xlabel=label)
-    left.set(ylabel="spans")
-    right.set(ylabel="traces")
-    left.yaxis.set_major_formatter(PercentFormatter(1.0))
-    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes, what in zip(panels, ("spans", "traces", "spans")):
+        axes.set(ylabel=what)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     right.xaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
@@ -161,7 +170,8 @@ def front(rows: Sequence[dict]) -> Figure:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     colours = dict(zip(labels, sns.color_palette("viridis", len(labels))))
     ours = [row for row in rows if row["policy"] == "grpo"]
-    starts = {row["accuracy"]: row for row in rows if row["policy"] == "learned"}  # most sweeps have one
+    learned = [row for row in rows if row["policy"] == "learned"]
+    starts = {(row["accuracy"], row["offload_share"]): row for row in learned}  # most sweeps have one
     for row in [*ours, *starts.values()]:
         grpo = row["policy"] == "grpo"
         colour = colours[row["label"]] if grpo or len(starts) > 1 else "black"

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlib import SrlibError, annotate, arith, spans
+from srlib import SrlibError, align, annotate, arith, spans
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import Annotate, Arith
 from srlib.problems import Problem
@@ -61,7 +61,7 @@ def test_gap_is_the_difference_of_two_full_passes(engines, pair, tokenizer):
         gaps = [float(by[1][i, t] - by[0][i, t]) for i, t in zip(at, trace)]
         offsets = tokenizer(problem.trace, return_offsets_mapping=True)["offset_mapping"]
         hard = [Span(*o) for o, g in zip(offsets, gaps) if g > 2.0]
-        whole = [Span(*m.span()) for m in re.finditer(r"\d+", problem.trace)]
+        whole = [Span(*m.span()) for m in re.finditer(r"\d+|\\[a-z]+", problem.trace)]
         hard += [n for n in whole if any(n.start <= s.start < n.end for s in hard)]
         assert rows[problem.id].spans == spans.merge(hard)
         assert spans.strip(rows[problem.id].tagged) == problem.trace
@@ -70,13 +70,13 @@ def test_gap_is_the_difference_of_two_full_passes(engines, pair, tokenizer):
 def test_a_number_is_marked_as_a_whole(tokenizer):
     text = "<think>12*34=408;</think>"
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    whole = annotate.numbers(text, offsets)
+    whole = align.units(text, offsets)
     assert [text[offsets[s.start][0] : offsets[s.end - 1][1]] for s in whole] == ["12", "34", "408"]
     gaps = [0.0] * len(offsets)
     gaps[whole[2].start + 1] = 3.0
     assert annotate.choose(gaps, Annotate(threshold=1), whole) == [whole[2]]
     # tokens of several characters, one of them on both sides of a number's end
-    assert annotate.numbers("a12b", [(0, 2), (2, 4)]) == [(0, 2)]
+    assert align.units("a12b", [(0, 2), (2, 4)]) == [(0, 2)]
 
 
 def test_gap_needs_traces_and_one_vocabulary(engines):

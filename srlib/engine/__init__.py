@@ -10,7 +10,7 @@ every request that is waiting:
     request.ids, request.logprobs
 
 What every engine has: `tokenizer`, `slots`, `context`, `eos`, `counters`, `running`; `open`,
-`close`, `truncate`, `submit`, `cancel`, `score`.
+`close`, `truncate`, `submit`, `cancel`, `score`, `entropies`.
 
 A *stepping* engine (`running` is False) works when `step` is called, which returns the requests
 that are done. A *running* one (a server, a thread) works by itself and puts each done request
@@ -116,6 +116,7 @@ class Request:
         return self.stopped is not None or len(self.ids) >= self.max_new
 
 
+SCORE_TOKENS = 8192  # ids that `score` reads in one forward pass; a longer batch is read in several
 SCORE_POSITIONS = 256  # places whose logits `score` holds at the same time
 STOP_TAIL = 16  # tokens in which a stop is looked for, more than one has
 

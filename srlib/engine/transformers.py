@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,14 +23,14 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from srlib import SrlibError
-from srlib.engine import GREEDY, SCORE_POSITIONS, Counters, Request, Sampling, Sequence, check
+from srlib.engine import GREEDY, SCORE_POSITIONS, SCORE_TOKENS, Counters, Request, Sampling, Sequence, check
 from srlib.params import ModelSpec
 
 ATTENTION = "srlib_slots"
@@ -215,25 +215,38 @@ class TransformersEngine:
         self.counters.seconds += time.perf_counter() - start
         return done
 
-    @torch.inference_mode()
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probability of every id of each sequence but its first, given what stands before it.
 
-        One padded forward pass over all of `sequences`, without a cache: choose the batch to fit.
+        One padded batch of all of `sequences`, read `SCORE_TOKENS` ids at a time: choose the batch
+        so that its keys and values fit.
         """
+        return self._scan(sequences, lambda logprobs, ids: logprobs.gather(-1, ids[:, None])[:, 0])
+
+    def entropies(self, sequences: list[list[int]]) -> list[list[float]]:
+        """As `score`, but the entropy in nats of the distribution that each id was drawn from."""
+        return self._scan(sequences, lambda logprobs, _: torch.special.entr(logprobs.exp()).sum(-1))
+
+    @torch.inference_mode()
+    def _scan(
+        self, sequences: list[list[int]], reduce: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> list[list[float]]:
+        """`reduce` of the log-probabilities (N, V) and the ids (N,) that came next, for each place of `sequences`."""
         longest = max(map(len, sequences))
         ids = torch.tensor([s + [s[-1]] * (longest - len(s)) for s in sequences], device=self.device)  # (B, T)
-        hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, E)
-        head, next_ids = self.model.get_output_embeddings(), ids[:, 1:].flatten()
-        logprobs = torch.cat(
-            [  # some places at a time: the logits of all would be larger than the model
-                head(h).float().log_softmax(-1).gather(-1, i[:, None])
-                for h, i in zip(hidden.flatten(0, 1).split(SCORE_POSITIONS), next_ids.split(SCORE_POSITIONS))
-            ]
-        ).view(len(sequences), -1)  # (B, T-1)
+        width = max(1, SCORE_TOKENS // len(sequences))
+        cache = DynamicCache(config=self.model.config) if longest > width else None
+        head, values = self.model.get_output_embeddings(), []
+        for chunk, after in zip(ids.split(width, 1), ids.roll(-1, 1).split(width, 1)):  # (B, W)
+            hidden = self.model.get_decoder()(
+                input_ids=chunk, past_key_values=cache, use_cache=cache is not None
+            ).last_hidden_state  # (B, W, E)
+            flat = hidden.flatten(0, 1).split(SCORE_POSITIONS), after.flatten().split(SCORE_POSITIONS)
+            # some places at a time: the logits of all would be larger than the model
+            values.append(torch.cat([reduce(head(h).float().log_softmax(-1), i) for h, i in zip(*flat)]).view(after.shape))
+            self.counters.calls += 1
         self.counters.forward_tokens += sum(map(len, sequences))
-        self.counters.calls += 1
-        return [row[: len(s) - 1] for row, s in zip(logprobs.tolist(), sequences)]
+        return [row[: len(s) - 1] for row, s in zip(torch.cat(values, 1).tolist(), sequences)]
 
     def _uncache(self, sequence: Sequence, length: int) -> None:
         self.counters.discarded_tokens += sequence.processed - length

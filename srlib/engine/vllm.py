@@ -156,11 +156,20 @@ class VllmEngine:
         Raises:
             SrlibError: a sequence is too long, or the model failed.
         """
+        rows = self._scan(sequences, 0)
+        return [[row[i] for i, row in zip(ids[1:], each)] for ids, each in zip(sequences, rows)]
+
+    def entropies(self, sequences: list[list[int]]) -> list[list[float]]:
+        """As `score`, but the entropy in nats of the distribution that each id was drawn from; see `max_entropy`."""
+        return [[entropy(row.values()) for row in each] for each in self._scan(sequences, TOP)]
+
+    def _scan(self, sequences: list[list[int]], top: int) -> list[list[dict[int, float]]]:
+        """For every id of each sequence but its first: its log-probability, and those of the `top` likeliest."""
         for ids in sequences:
             self._check_length(ids)
         self.counters.forward_tokens += sum(map(len, sequences))
         self.counters.calls += len(sequences)
-        return self._wait(_gather(self._model.score(ids) for ids in sequences))
+        return self._wait(_gather(self._model.scan(ids, top) for ids in sequences))
 
     def reload(self, folder: Path) -> None:
         """Take on the weights of the model in `folder`, which has the same shape; what was cached is forgotten.
@@ -314,10 +323,10 @@ class _Local:
                 logprobs = [{i: x.logprob for i, x in row.items()} for row in answer.logprobs]
                 yield Piece(list(answer.token_ids), logprobs, output.num_cached_tokens)
 
-    async def score(self, ids: list[int]) -> list[float]:
-        outputs = [o async for o in self._generate(ids, temperature=0.0, max_tokens=1, prompt_logprobs=0)]
+    async def scan(self, ids: list[int], top: int) -> list[dict[int, float]]:
+        outputs = [o async for o in self._generate(ids, temperature=0.0, max_tokens=1, prompt_logprobs=top)]
         rows = next(output.prompt_logprobs for output in outputs if output.prompt_logprobs)
-        return [row[i].logprob for i, row in zip(ids[1:], rows[1:])]
+        return [{i: x.logprob for i, x in row.items()} for row in rows[1:]]
 
     async def reload(self, folder: str) -> None:
         await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
@@ -360,11 +369,11 @@ class _Server:
                     row |= {int(name.removeprefix("token_id:")): x for name, x in (others or {}).items()}
                 yield Piece(new, logprobs, cached)
 
-    async def score(self, ids: list[int]) -> list[float]:
-        asked = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
+    async def scan(self, ids: list[int], top: int) -> list[dict[int, float]]:
+        asked = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": top}
         answer = json.loads("".join([line async for line in self._lines(ids, asked)]))
         rows = answer["choices"][0]["prompt_logprobs"]
-        return [row[str(i)]["logprob"] for i, row in zip(ids[1:], rows[1:])]
+        return [{int(i): x["logprob"] for i, x in row.items()} for row in rows[1:]]
 
     async def reload(self, folder: str) -> None:
         order = {"method": "reload_weights", "kwargs": {"weights_path": folder}}

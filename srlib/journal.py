@@ -1,0 +1,94 @@
+"""A file that long work writes down as it goes: one JSON record a line, each line kept for good.
+
+What a record says has been done is not done again: a run that was killed opens the file and goes
+on. A line that was torn when a run ended is cut off; two processes cannot have one file open.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from srlib import SrlibError
+
+
+class Journal:
+    """An append-only JSONL file of records, each with a `key` of its own; a context manager.
+
+    The lock is the system's, on the open file: it ends with the process, however that ends.
+
+    Raises:
+        SrlibError: another process has it open, or a line in its middle is no record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise SrlibError(
+                f"Another process is writing {self.path}; wait for it, or give this run a name of its own (`run`)."
+            ) from None
+        try:
+            self.records: dict[str, dict[str, Any]] = self._read()
+        except SrlibError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def append(self, *records: dict[str, Any]) -> None:
+        """Write records, all of them to the disk when this returns, or none.
+
+        Raises:
+            SrlibError: the disk is full, or cannot be written.
+        """
+        size = os.fstat(self._file.fileno()).st_size
+        data = memoryview("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)  # half a record is none
+            raise SrlibError(
+                f"{self.path} cannot be written ({error.strerror}): its {len(self.records)} records are whole. "
+                "Make room, and run again to go on."
+            ) from None
+        self.records.update((record["key"], record) for record in records)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.ftruncate(self._file.fileno(), whole)
+        records = {}
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                records[record["key"]] = record
+            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+                raise SrlibError(f"{self.path}, line {number} is damaged; remove the line, and run again.") from None
+        return records
+
+
+def check_idle(folder: Path) -> None:
+    """That no process has a journal below `folder` open.
+
+    Raises:
+        SrlibError: one has.
+    """
+    for path in Path(folder).glob("*.journal.jsonl"):
+        Journal(path).__exit__()
