@@ -169,7 +169,8 @@ def protocol(p: Params) -> Protocol:
     update = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 4096 if quick else 32_768}
     offload = p.offload.model_copy(update=update)
     if benchmark is None or benchmark.source is None:
-        return Protocol(offload, 1 if quick else e.samples_per_problem, min(50, e.n_problems) if quick else e.n_problems)
+        samples, n = (1, min(50, e.n_problems)) if quick else (e.samples_per_problem, e.n_problems)
+        return Protocol(offload, samples, n)
     return Protocol(offload, 1 if quick else benchmark.samples, benchmark.quick if quick else None)
 
 

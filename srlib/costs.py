@@ -112,7 +112,8 @@ def measure(
             for n in reads:
                 timed.setdefault(n, []).append(_timed(engine, [Request(s, feed=[1] * n, ask=1) for s in sequences], clock))
             engine.run(*(Request(s, max_new=1) for s in sequences))
-            timed.setdefault("write", []).append(_timed(engine, [Request(s, max_new=8) for s in sequences], clock) / 8)
+            eight = _timed(engine, [Request(s, max_new=8) for s in sequences], clock)
+            timed.setdefault("write", []).append(eight / 8)
             for s in sequences:
                 engine.close(s)
         for n, values in timed.items():

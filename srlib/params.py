@@ -114,7 +114,7 @@ class Arith(Section):
 class Source(Section):
     """Where problems come from; in the params a plain string is its `path`."""
 
-    path: str = Field(min_length=1, description="a JSONL file, a data set on the hub, or a name of srlib/benchmarks.py")
+    path: str = Field(min_length=1, description="a JSONL file, a set on the hub, or a name of srlib/benchmarks.py")
     config: str | None = Field(None, description="hub: configuration of the data set")
     split: str = Field("train", description="hub: its split")
     columns: dict[Literal["id", "prompt", "answer", "trace", "correct"], str] = Field(

@@ -40,10 +40,10 @@ class Group:
     busy: dict[str, float]  # share of the time each model is at work, on average over its replicas
 
 
-def capacity(gpu: str, model: str, devices: int, tokens: int, beside: float = 0.0, bytes_per_weight: float = 2.0) -> int:
-    """How many sequences of `tokens` the KV cache holds next to the weights, and `beside` bytes of others."""
+def capacity(gpu: str, model: str, devices: int, tokens: int, beside: float = 0.0) -> int:
+    """How many sequences of `tokens` the KV cache holds next to weights in 16 bits, and `beside` bytes of others."""
     shape = KNOWN[model.lower()]
-    free = USABLE * devices * GPUS[gpu].memory * 1e9 - bytes_per_weight * shape.parameters - beside
+    free = USABLE * devices * GPUS[gpu].memory * 1e9 - 2.0 * shape.parameters - beside
     return max(0, int(free // (2 * shape.layers * shape.kv * 2 * tokens)))
 
 
@@ -84,7 +84,8 @@ def group(gpu: str, small: str, big: str, load: Load, devices: int, replicas: in
     )
     name = f"{big} on {max(1, devices)}" + (f" + {replicas} × {small}" if replicas else " alone")
     gpus = max(1, devices) + (0 if shared else replicas)
-    busy = {side: done.by_model.get(side, 0.0) / done.seconds / n for side, n in (("small", max(1, replicas)), ("big", 1))}
+    models = {"small": max(1, replicas), "big": 1}
+    busy = {side: done.by_model.get(side, 0.0) / done.seconds / n for side, n in models.items()}
     return Group(
         f"{big} and {small} on one" if shared else name,
         gpus,
@@ -144,9 +145,8 @@ def plan(found: Sequence[Group], counts: Sequence[int], price: float) -> list[di
 
 def sentences(rows: Sequence[dict], found: Sequence[Group], load: Load, gpu: str) -> list[str]:
     """A plan in words: for each number of GPUs what to run, and what it gains."""
-    lines = [
-        f"Problems of {load.prompt} + {load.decode} tokens, {load.share:.1%} of them by the big model, on {gpu}, at full load."
-    ]
+    size = f"{load.prompt} + {load.decode} tokens, {load.share:.1%} of them by the big model"
+    lines = [f"Problems of {size}, on {gpu}, at full load."]
     for gpus in dict.fromkeys(row["GPUs"] for row in rows):
         ours, *alone = sorted(
             (row for row in rows if row["GPUs"] == gpus), key=lambda row: row["groups"].endswith("alone)")
@@ -154,9 +154,11 @@ def sentences(rows: Sequence[dict], found: Sequence[Group], load: Load, gpu: str
         line = f"{gpus} GPU{'s' * (gpus > 1)}: {ours['groups']} – {ours['problems / s']:.2f} problems a second"
         if alone:
             line += f", {ours['problems / s'] / alone[0]['problems / s']:.1f} times the big model alone"
-        lines.append(f"{line}; {ours['a thousand problems']:.2f} a thousand problems, {ours['latency (s)']:.0f} s each.")
+        price, seconds = ours["a thousand problems"], ours["latency (s)"]
+        lines.append(f"{line}; {price:.2f} a thousand problems, {seconds:.0f} s each.")
     mixed = [g for g in found if not g.name.endswith("alone") and g.busy["big"] >= 0.9]
     if mixed:
         least = min(mixed, key=lambda g: g.gpus)
-        lines.append(f"The big model is the bottleneck from {least.name} on: it is at work {least.busy['big']:.0%} of the time.")
+        busy = f"{least.busy['big']:.0%}"
+        lines.append(f"The big model is the bottleneck from {least.name} on: it is at work {busy} of the time.")
     return lines

@@ -236,7 +236,8 @@ def accuracy_by_mode(rows: Sequence[dict]) -> Figure:
     values = np.array([row["accuracy"] for row in rows])
     error = np.abs(np.array([row["ci95"] for row in rows]).T - values)
     mixed = [0 < row["offload_share"] < 1 for row in rows]
-    colours = ["olivedrab" if m else BIG_COLOUR if row["offload_share"] else SMALL_COLOUR for m, row in zip(mixed, rows)]
+    alone = [BIG_COLOUR if row["offload_share"] else SMALL_COLOUR for row in rows]
+    colours = ["olivedrab" if m else colour for m, colour in zip(mixed, alone)]
     axes.barh([row["policy"] for row in rows], values, xerr=error, color=colours, capsize=3)
     for place, row in enumerate(rows):
         axes.text(1.02, place, f"{row['offload_share']:.1%}", va="center", fontsize=9)
@@ -271,7 +272,7 @@ def accuracy_by_time(rows: Sequence[dict], title: str = "") -> Figure:
     markers = dict(zip(policies, "osD^vP*X<>p"))
     for row in rows:
         low, high = row["ci95"]
-        error = [[row["accuracy"] - low], [high - row["accuracy"]]]
+        error = [[abs(row["accuracy"] - low)], [abs(high - row["accuracy"])]]
         axes.errorbar(
             row["seconds"], row["accuracy"], error, color=colours[row["big"]], marker=markers[row["policy"]], capsize=2
         )

@@ -27,8 +27,8 @@ def compare(a: str | Path, b: str | Path, policies: list[str] | None = None) -> 
             f"{a} and {b} have no policy in common: {', '.join(rows[0])}; {', '.join(rows[1])}. "
             "Name two of them: --policy learned:grpo"
         )
-    columns = f"{'n':>6} {'A':>7}  {'B':>7}  {'B − A':>7}  {'95 % interval':<19}{'p':>8}  {'share A':>7}  {'share B':>7}"
-    table = [f"{'policy':<22}{columns}"]
+    numbers = f"{'n':>6} {'A':>7}  {'B':>7}  {'B − A':>7}  {'95 % interval':<19}{'p':>8}"
+    table = [f"{'policy':<22}{numbers}  share A  share B"]
     words = []
     for name in names:
         first, _, second = name.partition(":")

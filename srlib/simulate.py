@@ -222,7 +222,8 @@ class _World:
             elif what[1] == what[0].version:  # else it was cut short
                 (self._passes if kind == "begin" else self._end)(what[0])
         passes = {"small": sum(s.passes for s in self.smalls), "big": self.big.passes}
-        return Simulation(self.now, self.latencies, self.served, dict(self.busy), dict(self.causes), passes, dict(self.answers))
+        counts = dict(self.busy), dict(self.causes), passes, dict(self.answers)
+        return Simulation(self.now, self.latencies, self.served, *counts)
 
     def _at(self, time: float, kind: str, what: object) -> None:
         heapq.heappush(self.events, (time, next(self.order), kind, what))

@@ -157,7 +157,7 @@ def matched(records: Records, curve: Sequence[Records]) -> Matched:
     above = [point for point in points if share(point) >= wanted]
     if not below or not above:
         ends = ", ".join(f"{share(point):.1%}" for point in points)
-        raise SrlibError(f"The curve has shares {ends}: none on one side of {wanted:.1%}, so it cannot be interpolated.")
+        raise SrlibError(f"The curve has shares {ends}; it cannot be interpolated at {wanted:.1%}, beyond its ends.")
     low, high = below[-1], above[0]
     own, (first, samples), (second, _) = _by_problem(records)[0], _by_problem(low), _by_problem(high)
     gap = share(high) - share(low)

@@ -80,7 +80,8 @@ def test_where_many_answers_are_right_the_verifier_decides():
 
 def test_protocols():
     def load(**sets):
-        return benchmarks.protocol(params.load("params/released.yaml", **{k.replace("__", "."): v for k, v in sets.items()}))
+        given = {key.replace("__", "."): value for key, value in sets.items()}
+        return benchmarks.protocol(params.load("params/released.yaml", **given))
 
     own = load()
     assert (own.offload.max_tokens, own.samples, own.n_problems) == (8192, 4, 30)
@@ -96,7 +97,8 @@ def test_protocols():
 def test_the_plan_counts_the_tokens_of_the_protocol():
     need = {}
     for name in ("own", "published"):
-        p = params.load("params/node.yaml", **{"data.test": "aime24", "evaluate.protocol": name, "pair.small.context": None})
+        given = {"data.test": "aime24", "evaluate.protocol": name, "pair.small.context": None}
+        p = params.load("params/node.yaml", **given)
         need[name] = sum(n.gib for n in memory.needs(p, ("05_evaluate",)) if n.kind == "caches" and n.what == "small")
     assert need["published"] > 3 * need["own"]
 

@@ -210,11 +210,12 @@ def test_threads_may_ask_at_the_same_time():
 
 def disguises(gold):
     """A gold answer as a model may write it."""
+    number = re.fullmatch(r"[-+\w{}\\^/ ]*\d[-+\w{}\\^/ ]*", gold) and not re.search("text|begin", gold)
     return (
         gold,
         f" {gold}. ",
         gold.replace("\\frac", "\\dfrac").replace("(", "\\left(").replace(")", "\\right)"),
-        f"{gold} + 0" if re.fullmatch(r"[-+\w{}\\^/ ]*\d[-+\w{}\\^/ ]*", gold) and not re.search("text|begin", gold) else gold,
+        f"{gold} + 0" if number else gold,
     )
 
 

@@ -54,7 +54,7 @@ def test_without_the_papers_rounding_no_number_of_requests_fits():
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.4, 1.0])
 def test_events_come_near_the_formula_where_nothing_costs(share):
-    """One request, nothing shared: what the formula hides (the last chunk is read when the big model is asked) is small."""
+    """One request, nothing shared: what the formula hides, the last chunk before each span, is little."""
     acted = latency.simulate(table(), share=share)
     assert acted.seconds == pytest.approx(paper(share), rel=0.01)
     assert sum(v for k, v in acted.by_cause.items() if k.startswith("big")) == pytest.approx(
