@@ -305,5 +305,6 @@ def test_columns_align_wherever_spans_lie(tuned, seed, budget, room, loud):
             assert mask[j] == (0 if inside or forced else 1)
             assert n <= budget
             expected = float(full[len(trace.prompt_ids) + j - 1, token])
-            assert math.isnan(logprobs[j]) if mask[j] == 0 else logprobs[j] == pytest.approx(expected, abs=1e-4)
+            near = pytest.approx(expected, abs=1e-4 * max(1.0, loud))  # logits, and their rounding, grow with it
+            assert math.isnan(logprobs[j]) if mask[j] == 0 else logprobs[j] == near
             inside = 1 if token == opening else inside
