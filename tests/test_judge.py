@@ -1,7 +1,11 @@
 """A judge over HTTP that misbehaves; what was answered is kept and not asked again."""
 
+import errno
 import json
+import multiprocessing
+import random
 import re
+import time
 from itertools import islice
 
 import pytest
@@ -14,7 +18,8 @@ from tests.judge_server import PASSING, JudgeServer, at_random, hard_steps
 
 
 def settings(url, **judge_settings):
-    asked = {"model": "judge", "base_url": url, "key": "TEST_KEY", "concurrency": 16, "timeout_s": 0.5}
+    asked = {"model": "judge", "base_url": url, "key": "TEST_KEY", "concurrency": 16}
+    asked["timeout_s"] = 5.0  # longer than a busy machine takes to answer
     return Annotate(method="judge", judge=Judge(**asked | judge_settings))
 
 
@@ -46,6 +51,60 @@ def test_a_thousand_traces_and_a_server_that_fails(tmp_path):
     assert server.prompt_tokens == sum(r["prompt_tokens"] for r in records.values())
     assert set(server.faults) - {None} >= set(PASSING)
     assert "secret-value" not in (tmp_path / "a.journal.jsonl").read_text()
+
+
+def work(url, path):
+    """A run in a process of its own."""
+    go(settings(url, concurrency=8), problems(400), path)
+
+
+def test_ten_kills_and_the_same_set(tmp_path):
+    """What an undisturbed run has is what a run has that was killed ten times; only what was under way is asked again."""
+    path, rng = tmp_path / "killed.journal.jsonl", random.Random(0)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_judge"])
+    server = JudgeServer(hard_steps, at_random(0.2, 0, ("429", "500", "cut")))  # that pass
+    with server.serve() as url:
+        kills = 0
+        while kills < 10:
+            process = context.Process(target=work, args=(url, path))
+            process.start()
+            until = server.requests + rng.randint(1, 35)
+            while server.requests < until and process.is_alive():
+                time.sleep(0.001)
+            assert process.is_alive(), "it ended before it was killed"
+            process.kill()
+            process.join()
+            kills += 1
+        killed = go(settings(url, concurrency=8), problems(400), path)
+        whole = go(settings(url, concurrency=8), problems(400), tmp_path / "whole.journal.jsonl")
+    assert {k: r["snippets"] for k, r in killed.items()} == {k: r["snippets"] for k, r in whole.items()}
+    assert set(killed) == set(whole) == {traces.key(problem) for problem in problems(400)}
+    lines = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+    assert len(lines) == len(set(lines)) == 400  # none is there twice
+    assert server.good.total() <= 2 * 400 + 10 * 8
+
+
+def test_a_full_disk_leaves_a_valid_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.journal.jsonl"
+    with Journal(path) as journal:
+        journal.append({"key": "1"})
+        real = journal._file
+
+        class Full:
+            def write(self, data):
+                real.write(bytes(data[:5]))
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            def __getattr__(self, name):
+                return getattr(real, name)
+
+        journal._file = Full()
+        with pytest.raises(SrlibError, match="cannot be written .No space left on device.: its 1 records are whole"):
+            journal.append({"key": "2"})
+        journal._file = real
+        journal.append({"key": "3"})
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["1", "3"]
 
 
 def test_a_revoked_key_ends_the_run_and_the_rest_is_asked_later(tmp_path):
