@@ -1,0 +1,109 @@
+"""Where worked traces come from, and the annotators that need no second opinion."""
+
+import pytest
+import torch
+
+from srlib import SrlibError, annotate, problems, spans, traces
+from srlib.engine import transformers
+from srlib.journal import Journal
+from srlib.params import Annotate, Offload, Source
+from srlib.problems import Problem
+from srlib.spans import Span
+
+
+def source(tmp_path, rows, **columns):
+    return Source(path=str(problems.write_jsonl(tmp_path / "x.jsonl", rows)), columns=columns)
+
+
+def test_the_first_right_generation_is_taken_and_the_rest_is_counted(tmp_path):
+    right = {"uuid": "a", "problem": "1+1?", "answer": 2, "generations": ["no", "yes", "also"], "ok": [False, True, True]}
+    rows = [
+        right,
+        right | {"uuid": "b", "ok": [False, False, False]},
+        right | {"uuid": "c", "generations": None},
+        right | {"uuid": "d", "answer": None},
+        right | {"uuid": "e"},
+    ]
+    given = source(tmp_path, rows, id="uuid", prompt="problem", trace="generations", correct="ok")
+    found, dropped = traces.load(given, 2)
+    assert sorted(problem.id for problem in found) == ["a", "e"]
+    assert {(x.prompt, x.answer, x.trace) for x in found} == {("1+1?", "2", "yes")}
+    assert set(dropped) <= {"no generation is marked right", "no answer"}
+    reasons = r"holds 2 traces that can be used \(2 dropped: no generation is marked right; 1 dropped: no answer\)"
+    with pytest.raises(SrlibError, match=reasons):
+        traces.load(given, 3)
+    with pytest.raises(SrlibError, match="has no column 'solution', but uuid, problem"):
+        traces.load(source(tmp_path, rows, prompt="problem", trace="solution"), 2)
+
+
+def test_tags_that_a_set_has_either_way_they_close(tokenizer):
+    texts = {
+        "good": "1+2=<bigmodel>3</bigmodel>;3*4=<bigmodel>12<\\bigmodel>;",
+        "open": "1+2=<bigmodel>3;",
+        "stray": "1+2=3</bigmodel>;",
+        "none": "1+2=3;",
+    }
+    asked = [Problem(id=name, prompt="?", answer="0", trace=text) for name, text in texts.items()]
+    good, *bad = annotate.given(asked, tokenizer)
+    assert good.trace == "1+2=3;3*4=12;" and good.spans == [Span(4, 5), Span(10, 12)]
+    assert good.tagged.count(spans.CLOSE) == 2 and good.share == pytest.approx(3 / 13)
+    assert bad == ["tags are unclosed", "tags are stray", "no span is marked"]
+
+
+def test_the_controls(engines, pair, tokenizer):
+    small, _ = engines
+    asked = [Problem(id=str(i), prompt="3+4?", answer="7", trace=f"3+4=7;{i}*7=21;20-7=13;" * 3) for i in range(40)]
+    config = Annotate(method="random", share=0.2, max_share=0.4, threshold=1.0, max_span_tokens=4)
+    drawn = list(annotate.random(asked, config, tokenizer, seed=1))
+    assert drawn == list(annotate.random(asked, config, tokenizer, seed=1))
+    assert drawn != list(annotate.random(asked, config, tokenizer, seed=2))
+    assert 0.15 < sum(row.share for row in drawn) / 40 <= 0.4  # whole numbers: a little more than was asked for
+    for row in annotate.entropy(small, asked[:3], config):
+        ids = tokenizer.encode("3+4?") + tokenizer.encode(row.trace)
+        with torch.no_grad():
+            logprobs = pair[0](torch.tensor([ids])).logits[0, -len(row.trace) - 1 : -1].log_softmax(-1)
+        exact = torch.special.entr(logprobs.exp()).sum(-1).tolist()
+        marked = {i for span in row.spans for i in range(*span)}
+        assert any(value > config.threshold for value in exact)
+        for i in marked:  # itself unsure, or a digit of a number that is
+            near = [j for j in range(i - 1, i + 2) if 0 <= j < len(exact) and (j == i or row.trace[j].isdigit())]
+            assert max(exact[j] for j in near) > config.threshold
+
+
+def test_agreement_on_a_case_worked_by_hand(tokenizer):
+    row = annotate.Annotated(
+        id="a", prompt="?", answer="0", trace="1+2=3;4+5=9;", spans=[Span(0, 4)], share=1 / 3, annotator="x"
+    )
+    found = annotate.agreement([row], {"a": [Span(2, 5)]}, tokenizer)
+    # 12 tokens: 2 marked by both, 2 by the first alone, 1 by the second alone, 7 by neither
+    assert found.f1 == pytest.approx(4 / 7) and (found.precision, found.recall) == (2 / 4, 2 / 3)
+    chance = (4 * 3 + 8 * 9) / 144
+    assert found.kappa == pytest.approx((9 / 12 - chance) / (1 - chance))
+
+
+def test_a_long_trace_is_read_in_chunks(engines, prompts, monkeypatch):
+    small, _ = engines
+    asked = [ids * 6 for ids in prompts[:5]]
+    whole, unsure = small.score(asked), small.entropies(asked)
+    monkeypatch.setattr(transformers, "SCORE_TOKENS", 64)
+    for one, other in zip(whole + unsure, small.score(asked) + small.entropies(asked)):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_traces_that_the_big_model_writes_are_kept_if_right(engines, tmp_path, monkeypatch):
+    _, big = engines
+    asked = [Problem(id=str(i), prompt=f"{i}+4?", answer=str(i)) for i in range(6)]
+    graded = []
+
+    def grade(text, gold):  # an untrained model is never right: every third answer passes for right
+        graded.append(gold)
+        return type("Grade", (), {"correct": len(graded) % 3 == 0})
+
+    monkeypatch.setattr(traces, "grade", grade)
+    config, offload = Annotate(tries=3, temperature=1.0), Offload(max_tokens=200, batch_size=4)
+    with Journal(tmp_path / "w.journal.jsonl") as journal:
+        written, dropped = traces.write(big, asked, config, offload, 0, journal)
+        assert len(written) + dropped.total() == 6 and written and all(problem.trace for problem in written)
+        before = len(graded)
+        assert traces.write(big, asked, config, offload, 0, journal) == (written, dropped)
+        assert len(graded) == before  # nothing is written twice
