@@ -79,7 +79,8 @@ def test_everything_is_there(finished):
         record = manifest["stages"][stage]
         assert record["state"] == "complete" and record["seconds"] > 0 and record["versions"]["torch"]
     for file in run.rglob("*.jsonl"):
-        assert [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert lines or file.name == "requests.jsonl"  # a policy that was hardly trained may not ask at all
 
 
 def test_a_second_run_does_nothing(copy):
@@ -96,8 +97,8 @@ def test_a_second_run_does_nothing(copy):
 def test_only_what_changed_runs_again(copy):
     done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}", "--set", "evaluate.random_shares=[0.4]")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("skipped") == len(OF_A_RUN) - 1
-    assert "05_evaluate      done in" in done.stdout
+    assert done.stdout.count("skipped") == len(OF_A_RUN) - 2
+    assert "05_evaluate      done in" in done.stdout and "07_latency       done in" in done.stdout  # it reads 05's rows
     assert "random_0.40" in done.stdout and "random_0.50" not in done.stdout
 
 
