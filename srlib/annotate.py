@@ -30,7 +30,6 @@ from srlib.problems import Problem, encode_prompt
 from srlib.spans import Span
 
 
-
 class Annotated(BaseModel):
     """A worked trace and the spans of it, in characters, that the big model should write."""
 
