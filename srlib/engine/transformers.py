@@ -34,6 +34,7 @@ from srlib.engine import GREEDY, SCORE_POSITIONS, SCORE_TOKENS, Counters, Reques
 from srlib.params import ModelSpec
 
 ATTENTION = "srlib_slots"
+PADDING = 400_000  # multiplications of queries with keys, in one layer, that cost about as much as one more call
 
 
 class _Group:
@@ -151,6 +152,8 @@ class TransformersEngine:
         self._free = list(range(slots))[::-1]
         self._cache = _Slots(slots, self.context)
         self._heads_per_key = config.num_attention_heads // config.num_key_value_heads
+        self._query_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._query_size *= config.num_attention_heads
 
     @property
     def device(self) -> torch.device:
@@ -256,11 +259,11 @@ class TransformersEngine:
         """Process all unprocessed ids of `sequences`; leaves the last logits with each, and answers `ask`."""
         device, dtype = self.device, self.model.dtype
         asking: dict[int, Request] = {id(r.sequence): r for r in self.pending if r.ask}
-        by_width: dict[int, list[tuple[Sequence, int]]] = defaultdict(list)
+        members: list[tuple[Sequence, int]] = []
         ids, rows, positions, wanted = [], [], [], []
         for s in sequences:
             new = s.ids[s.processed :]
-            by_width[len(new).bit_length()].append((s, len(ids)))
+            members.append((s, len(ids)))
             ids += new
             rows += [s.slot] * len(new)
             positions += range(s.processed, len(s.ids))
@@ -275,7 +278,7 @@ class TransformersEngine:
             position_ids=cache.positions[None],
             past_key_values=cache,
             use_cache=True,
-            groups=[_Group(members, self._heads_per_key, device, dtype) for members in by_width.values()],
+            groups=[_Group(part, self._heads_per_key, device, dtype) for part in self._alike(members)],
         ).last_hidden_state  # (1, N, E)
         logits = self.model.get_output_embeddings()(hidden[0, wanted]).float()  # (W, V)
         at = 0
@@ -297,6 +300,23 @@ class TransformersEngine:
                     request.watched = scaled.log_softmax(-1)[:, request.watch].tolist()
         self.counters.forward_tokens += len(ids)
         self.counters.calls += 1
+
+    def _alike(self, members: list[tuple[Sequence, int]]) -> list[list[tuple[Sequence, int]]]:
+        """Parts of `members` with about as many new tokens: a wider part takes a narrower one in if that costs little."""
+        parts: dict[int, list[tuple[Sequence, int]]] = defaultdict(list)
+        for member in members:
+            parts[len(member[0].ids) - member[0].processed].append(member)
+        narrower = None
+        for width in sorted(parts):
+            if narrower is not None:
+                both = sorted(parts[narrower] + parts[width], key=lambda m: m[0].slot)
+                tokens = sum(len(s.ids) - s.processed for s, _ in both)
+                length = max(len(s.ids) for s, _ in both)
+                if (width * len(both) - tokens) * length * self._query_size <= PADDING:
+                    parts[width] = both
+                    del parts[narrower]
+            narrower = width
+        return list(parts.values())
 
     def _write(self, requests: list[Request]) -> set[Request]:
         """Write the next id of each request; returns those that end."""
