@@ -1,4 +1,4 @@
-"""The command line: `python -m srlib run params/cpu.yaml`; in place of `run` also `bench`, `plan`, `sweep`, `compare`."""
+"""The command line: `python -m srlib run params/cpu.yaml`; or `bench`, `plan`, `sweep`, `compare`."""
 
 from __future__ import annotations
 

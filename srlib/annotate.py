@@ -154,7 +154,7 @@ def gap(small, big, problems: list[Problem], config: Annotate) -> Iterator[Annot
 
 
 def entropy(small, problems: list[Problem], config: Annotate) -> Iterator[Annotated]:
-    """As `gap`, but for the tokens at which the small model's distribution has an entropy above the threshold (nats)."""
+    """As `gap`, but for the tokens where the small model's distribution has more entropy than the threshold (nats)."""
     return _by_value(small.entropies, "entropy", problems, config, small.tokenizer)
 
 
@@ -436,7 +436,7 @@ def _digest(p: Params) -> str:
 
 
 def _cut(span: Span, size: int, whole: Sequence[Span]) -> Iterator[Span]:
-    """`span` in pieces of at most `size` tokens, none of which ends inside a unit of `whole` (unless that is longer)."""
+    """`span` in pieces of at most `size` tokens, none ending inside a unit of `whole` (unless that is longer)."""
     start = span.start
     while start < span.end:
         end = min(start + size, span.end)

@@ -108,7 +108,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [shown.to_string(float_format="{:.3f}".format, na_rep="")]
     for check in result["closing_check"]:
         lines.append(
-            f"closing check at batch {check['batch']}: to ask at each of {check['tokens']} tokens takes "
+            f"closing check at batch {check['batch']}: asking at each of {check['tokens']} tokens takes "
             f"{check['one_pass']:.2f} times the pass that only reads them, separate passes {check['separate']:.2f} times"
         )
     if not result["tuned"]:

@@ -110,7 +110,8 @@ def measure(
             sequences = [engine.open([]) for _ in range(batch)]
             engine.run(*(Request(s, feed=[1] * 16) for s in sequences))
             for n in reads:
-                timed.setdefault(n, []).append(_timed(engine, [Request(s, feed=[1] * n, ask=1) for s in sequences], clock))
+                requests = [Request(s, feed=[1] * n, ask=1) for s in sequences]
+                timed.setdefault(n, []).append(_timed(engine, requests, clock))
             engine.run(*(Request(s, max_new=1) for s in sequences))
             eight = _timed(engine, [Request(s, max_new=8) for s in sequences], clock)
             timed.setdefault("write", []).append(eight / 8)

@@ -1,31 +1,32 @@
 """What a policy reaches: it writes every problem, each completion is kept, and a row says how it went.
 
-Completions are appended to a file as they end. A run that was killed goes on where it was: as the
+Completions are kept in a journal as they end. A run that was killed goes on where it was: as the
 seed of a sample depends on its problem and its number alone, it ends with what it would have ended with.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from srlib import SrlibError, spans, stats
+from srlib import spans, stats
 from srlib.benchmarks import verdict
+from srlib.journal import Journal
 from srlib.offload import Offloader, Trace
 from srlib.params import Offload
 from srlib.policies import Policy
 from srlib.problems import Problem, write_jsonl
 from srlib.stats import accuracy, compare
 
-__all__ = ["accuracy", "by_difficulty", "compare", "difficulty", "read", "run", "summarise"]
+__all__ = ["accuracy", "by_difficulty", "compare", "difficulty", "run", "summarise"]
 
 
 def run(
@@ -53,58 +54,42 @@ def run(
         number, text, owners, counts, and grade; ordered by problem and number.
 
     Raises:
-        SrlibError: a trace failed; those that ended are kept.
+        SrlibError: a trace failed (those that ended are kept), or `file` is damaged or open in another process.
     """
     writer = Offloader(small, big, policy, **config.settings, seed=seed)
-    key = hashlib.sha256(f"{key} {policy} {seed}".encode()).hexdigest()[:16]
-    done = {(r["id"], r["sample"]): r for r in read(file) if r["key"] == key} if file else {}
-    asked = [(problem, n) for problem in problems for n in range(samples) if (problem.id, n) not in done]
-    if file and asked:
-        write_jsonl(file, done.values())  # without a line that was cut short, and without others' completions
-    out = file.open("a", encoding="utf-8") if file and asked else None
-    last = time.perf_counter()
+    digest = hashlib.sha256(f"{key} {policy} {seed}".encode()).hexdigest()[:16]
 
-    def keep(place: int, trace: Trace) -> None:
-        nonlocal last
-        if trace.finish == "error":
-            return
-        problem, number = asked[place]
-        now = time.perf_counter()
-        record = {"id": problem.id, "sample": number, "key": key, "seconds": now - last}
-        record |= _record(trace, writer.tokenizer)
-        last, done[problem.id, number] = now, record
-        if out:
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            out.flush()
+    def name(problem: Problem, number: int) -> str:
+        return f"{digest}:{problem.id}:{number}"
 
-    try:
+    all_ = [(problem, n) for problem in problems for n in range(samples)]
+    with Journal(file) if file else nullcontext() as journal:
+        done = journal.records if journal else {}
+        asked = [(problem, n) for problem, n in all_ if name(problem, n) not in done]
+        last = time.perf_counter()
+
+        def keep(place: int, trace: Trace) -> None:
+            nonlocal last
+            if trace.finish == "error":
+                return
+            problem, number = asked[place]
+            now = time.perf_counter()
+            record = {"id": problem.id, "sample": number, "key": name(problem, number), "seconds": now - last}
+            record |= _record(trace, writer.tokenizer)
+            last = now
+            if journal:
+                journal.append(record)
+            else:
+                done[record["key"]] = record
+
         prompts, numbers = [problem.prompt for problem, _ in asked], [n for _, n in asked]
         traces = writer.run(prompts, progress=True, numbers=numbers, finished=keep)
-    finally:
-        if out:
-            out.close()
     writer.raise_if_failed(traces)
-    records = [done[problem.id, n] for problem in problems for n in range(samples)]
+    records = [done[name(problem, n)] for problem, n in all_]
     _grade(records, {problem.id: problem for problem in problems}, config.hint, writer.tokenizer)
     if file:
-        write_jsonl(file, records)
+        write_jsonl(file, records)  # in order, graded, and without those of other settings
     return summarise(policy.name, dataset, config.max_tokens, records), records
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """The completions of a file, if it is there, but for a last line that was cut short.
-
-    Raises:
-        SrlibError: another line is no record.
-    """
-    records, lines = [], file.read_bytes().splitlines() if file.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise SrlibError(f"{file}, line {number} is not a completion; remove the file to start anew.") from None
-    return records
 
 
 def summarise(policy: str, dataset: str, max_tokens: int, records: Sequence[dict[str, Any]]) -> dict[str, Any]:

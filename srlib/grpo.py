@@ -260,7 +260,7 @@ class Rollouts:
         plain = spans.inside(trace.ids, trace.tags)
         return Rollout(
             text=text,
-            correct=verdict(spans.strip(text), self.problems[prompt]).correct,
+            correct=verdict(spans.strip(text), self.problems[prompt], self.offload.hint).correct,
             group=prompt,
             prompt_tokens=len(trace.prompt_ids),
             small_tokens=len(plain) - sum(plain),

@@ -120,7 +120,7 @@ class Source(Section):
     columns: dict[Literal["id", "prompt", "answer", "trace", "correct"], str] = Field(
         {}, description="field: column it is read from; empty: the columns are named like the fields"
     )
-    prompt: str = Field("", description="how it is asked: plain, boxed, base, or a text with {question}; empty: as it is")
+    prompt: str = Field("", description="plain, boxed, base, or a text with {question}; empty: asked as it is")
 
     @model_validator(mode="before")
     @classmethod
@@ -143,7 +143,7 @@ class Data(Section):
 
 
 class Judge(Section):
-    """Who is asked which parts of a trace are hard: a server that speaks the OpenAI protocol, or a model loaded here."""
+    """Who is asked which parts of a trace are hard: a server with the OpenAI protocol, or a model loaded here."""
 
     model: str = Field("", description="the server's name of its model")
     base_url: str | None = Field(
@@ -161,7 +161,7 @@ class Judge(Section):
     max_tokens: int = Field(8192, ge=16, description="longest answer, a reasoning judge's thinking included")
     concurrency: int = Field(16, ge=1, description="requests under way at the same time: a batch")
     requests_per_minute: int = Field(0, ge=0, description="0: no limit")
-    retries: int = Field(6, ge=0, description="of a request that met what passes: 429, 5xx, time-outs, a lost connection")
+    retries: int = Field(6, ge=0, description="of a request that met what passes: 429, 5xx, a lost connection")
     timeout_s: float = Field(300.0, gt=0, description="seconds a server may be silent")
     price_in: float = Field(0.0, ge=0, description="of a million tokens that are read, in any currency")
     price_out: float = Field(0.0, ge=0, description="of a million tokens that are written")
@@ -183,7 +183,7 @@ class Annotate(Section):
         description="big model much likelier; a judge's choice; at random; small model unsure; tags the traces have",
     )
     n_traces: int = Field(4000, ge=1)
-    tries: int = Field(0, ge=0, description="traces the big model writes a problem, until one is right; 0: they are given")
+    tries: int = Field(0, ge=0, description="traces the big model writes until one is right; 0: they are given")
     temperature: float = Field(0.6, ge=0, description="at which it writes them")
     threshold: float = Field(0.5, gt=0, description="gap of log-probabilities, or entropy, that marks a token, in nats")
     share: float = Field(0.2, gt=0, le=1, description="of a trace: what random marks, and a judge is asked for")

@@ -109,7 +109,7 @@ class Random:
 
 @dataclass(frozen=True)
 class Entropy:
-    """Where the small model's next token has more than `threshold` nats of entropy, the big one writes `chunk` tokens."""
+    """Where the small model's next token has more than `threshold` nats, the big one writes `chunk` tokens."""
 
     threshold: float
     chunk: int = 4

@@ -28,6 +28,7 @@ class Problem(BaseModel):
 
 
 Row = TypeVar("Row", BaseModel, dict)
+WINDOW = 10_000  # rows of a stream that are held to be drawn from
 
 
 def load(source: Source | str | Path, n: int | None = None, seed: int = 0) -> list[Problem]:
@@ -54,17 +55,17 @@ def load(source: Source | str | Path, n: int | None = None, seed: int = 0) -> li
             rows = random.Random(seed).sample(rows, n)
     elif source.file is not None:
         if source.columns:
-            rows = [_mapped(row, i, source) for i, row in enumerate(read_jsonl(source.file, dict))]
+            rows = _from_rows(read_jsonl(source.file, dict), source)
         else:
             rows = read_jsonl(source.file, Problem)
+            if source.prompt:
+                rows = [row.model_copy(update={"prompt": benchmarks.ask(row.prompt, source.prompt)}) for row in rows]
         if n is not None and n <= len(rows):
             rows = random.Random(seed).sample(rows, n)
     else:
         stream = hub_rows(source)
-        stream = stream if n is None else stream.shuffle(seed, buffer_size=10_000).take(n)
-        rows = [_mapped(row, i, source) for i, row in enumerate(stream)]
-    if source.prompt and benchmarks.find(source) is None:
-        rows = [row.model_copy(update={"prompt": benchmarks.ask(row.prompt, source.prompt)}) for row in rows]
+        stream = stream if n is None else stream.shuffle(seed, buffer_size=WINDOW).take(n)
+        rows = _from_rows(stream, source)
     if n is not None and n > len(rows):
         raise SrlibError(f"{source.path} holds {len(rows)} problems, fewer than the {n} asked for.")
     return rows
@@ -85,18 +86,55 @@ def hub_rows(source: Source):
         raise SrlibError(f"{source.path} is no file here, and the hub gave no such data set: {reason}") from None
 
 
-def _mapped(row: dict[str, Any], number: int, source: Source) -> Problem:
-    """The problem in a row whose columns have other names."""
+def from_row(row: dict[str, Any], number: int, source: Source, worked: bool = False) -> Problem | str:
+    """The problem in a row whose columns may have other names; a string: why there is none.
+
+    Of several generations it takes the first, or, where a column named `correct` says which are right,
+    the first right one.
+
+    Args:
+        number: of the row, from 0; an id where it has none.
+        worked: whether a row needs a trace.
+
+    Raises:
+        SrlibError: the first row lacks a column.
+    """
     columns = {field: source.columns.get(field, field) for field in ("id", "prompt", "answer", "trace")}
-    missing = [columns[field] for field in ("prompt", "answer") if row.get(columns[field]) is None]
-    if missing:
-        raise SrlibError(
-            f"{source.path}, row {number + 1} has no column {missing[0]!r}; it has {', '.join(row)}. "
-            "Name the right one in `columns`."
-        )
+    needed = ("prompt", "answer", "trace") if worked else ("prompt", "answer")
+    absent = [columns[field] for field in needed if columns[field] not in row]
+    if absent and not number:
+        raise SrlibError(f"{source.path} has no column {absent[0]!r}, but {', '.join(row)}. Name it in `columns`.")
     values = {field: row.get(column) for field, column in columns.items()}
+    if "correct" in source.columns:
+        values["trace"] = _first_right(values["trace"], row.get(source.columns["correct"]))
+        if worked and values["trace"] is None:
+            return "no generation is marked right"
+    elif isinstance(values["trace"], list):
+        values["trace"] = next(iter(values["trace"]), None)
+    for field in needed:
+        if values[field] is None or not str(values[field]).strip():
+            return f"no {field}"
     values["id"] = number if values["id"] is None else values["id"]
+    if source.prompt:
+        values["prompt"] = benchmarks.ask(str(values["prompt"]), source.prompt)
     return Problem(**{field: None if value is None else str(value) for field, value in values.items()})
+
+
+def _first_right(generations: Any, correct: Any) -> str | None:
+    several = generations if isinstance(generations, list) else [generations]
+    marks = correct if isinstance(correct, list) else [correct]
+    return next((text for text, right in zip(several, marks) if right is True and text), None)
+
+
+def _from_rows(rows: Iterable[dict[str, Any]], source: Source) -> list[Problem]:
+    """As `from_row`, and every row is a problem."""
+    found = []
+    for number, row in enumerate(rows):
+        problem = from_row(row, number, source)
+        if isinstance(problem, str):
+            raise SrlibError(f"{source.path}, row {number + 1} has {problem}: {json.dumps(row, default=str)[:200]}")
+        found.append(problem)
+    return found
 
 
 def read_jsonl(path: str | Path, row: type[Row]) -> list[Row]:

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from srlib import SrlibError, evaluate, stats
+from srlib import SrlibError, stats
 from srlib.params import find, nearest
+from srlib.problems import read_jsonl
 
 
 def compare(a: str | Path, b: str | Path, policies: list[str] | None = None) -> str:
@@ -89,8 +90,11 @@ def _rows(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 def _completions(folder: str | Path, policy: str) -> list[dict[str, Any]]:
     path = _stage(folder) / "completions" / f"{policy}.jsonl"
-    records = evaluate.read(path)
-    if not records or any("correct" not in record for record in records):
+    try:
+        records = read_jsonl(path, dict)
+    except SrlibError as error:
+        raise SrlibError(f"{error} Run stage 05 again: python -m srlib run … --only 05_evaluate") from None
+    if any("correct" not in record for record in records):
         raise SrlibError(f"{path} is not complete; run stage 05 again: python -m srlib run … --only 05_evaluate")
     return records
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from srlib import SrlibError, evaluate, params, pipeline
 from srlib.params import Params, Section
+from srlib.problems import read_jsonl
 
 NOTEBOOK = "06_reward_ablation"
 OF_THE_BASE = ("run", "outputs")  # where runs lie; changes no stage
@@ -197,8 +198,7 @@ def collect(folder: Path) -> tuple[list[dict[str, Any]], Records]:
         for row in json.loads((stage / "results.json").read_text()):
             key = c.label, row["policy"]
             pooled.setdefault(key, []).append({**row, "values": c.values})
-            lines = (stage / "completions" / f"{row['policy']}.jsonl").read_text(encoding="utf-8").splitlines()
-            kept = [json.loads(line) for line in lines]
+            kept = read_jsonl(stage / "completions" / f"{row['policy']}.jsonl", dict)
             records.setdefault(key, []).extend({**r, "id": f"{c.seed}/{r['id']}"} for r in kept)
     rows = []
     for (label, policy), parts in pooled.items():

@@ -17,14 +17,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from srlib import SrlibError, benchmarks, problems, spans
-from srlib.grade import grade
 from srlib.journal import Journal
 from srlib.offload import Offloader
 from srlib.params import Annotate, Offload, Params, Source
 from srlib.policies import Always
 from srlib.problems import Problem
-
-WINDOW = 10_000  # rows of a stream that are held to be drawn from
 
 
 def load(source: Source, n: int, seed: int = 0, worked: bool = True) -> tuple[list[Problem], Counter[str]]:
@@ -46,10 +43,10 @@ def load(source: Source, n: int, seed: int = 0, worked: bool = True) -> tuple[li
         rows: Any = problems.read_jsonl(source.file, dict)
         random.Random(seed).shuffle(rows)
     else:
-        rows = problems.hub_rows(source).shuffle(seed, buffer_size=WINDOW)
+        rows = problems.hub_rows(source).shuffle(seed, buffer_size=problems.WINDOW)
     found, dropped = [], Counter()
     for number, row in enumerate(tqdm(rows, desc="load", unit="row", mininterval=1, leave=False)):
-        problem = _problem(row, number, source, worked)
+        problem = problems.from_row(row, number, source, worked)
         if isinstance(problem, Problem):
             found.append(problem)
         else:
@@ -96,35 +93,6 @@ def key(problem: Problem) -> str:
     return f"{problem.id}:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _problem(row: dict[str, Any], number: int, source: Source, worked: bool) -> Problem | str:
-    """The problem in a row; a string: why there is none."""
-    columns = {field: source.columns.get(field, field) for field in ("id", "prompt", "answer", "trace")}
-    needed = [field for field in columns if field != "id" and (worked or field != "trace")]
-    absent = [columns[field] for field in needed if columns[field] not in row]
-    if absent and not number:
-        raise SrlibError(f"{source.path} has no column {absent[0]!r}, but {', '.join(row)}. Name it in `columns`.")
-    values = {field: row.get(column) for field, column in columns.items()}
-    if "correct" in source.columns:
-        values["trace"] = _first_right(values["trace"], row.get(source.columns["correct"]))
-        if worked and values["trace"] is None:
-            return "no generation is marked right"
-    elif isinstance(values["trace"], list):
-        values["trace"] = next(iter(values["trace"]), None)
-    for field in needed:
-        if values[field] is None or not str(values[field]).strip():
-            return f"no {field}"
-    values["id"] = number if values["id"] is None else values["id"]
-    if source.prompt:
-        values["prompt"] = benchmarks.ask(str(values["prompt"]), source.prompt)
-    return Problem(**{field: None if value is None else str(value) for field, value in values.items()})
-
-
-def _first_right(generations: Any, correct: Any) -> str | None:
-    several = generations if isinstance(generations, list) else [generations]
-    marks = correct if isinstance(correct, list) else [correct]
-    return next((text for text, right in zip(several, marks) if right is True and text), None)
-
-
 def write(
     big, asked: list[Problem], config: Annotate, offload: Offload, seed: int, journal: Journal
 ) -> tuple[list[Problem], Counter[str]]:
@@ -164,7 +132,7 @@ def _sampled(big, batch: list[Problem], config: Annotate, offload: Offload, seed
         wrong = []
         for problem, trace in zip(left, traces):
             text = trace.text(writer.tokenizer)
-            if trace.finish == "eos" and grade(text, problem.answer).correct:
+            if trace.finish == "eos" and benchmarks.verdict(text, problem, offload.hint).correct:
                 yield {"key": key(problem), "trace": text, "tries": attempt + 1}
             else:
                 wrong.append(problem)

@@ -9,7 +9,8 @@ import pytest
 from srlib import SrlibError, arith, counterfactual, evaluate, stats
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import Arith, Offload
-from srlib.policies import Learned, Policy, Random
+from srlib.policies import Learned, Never, Policy, Random
+from srlib.problems import read_jsonl
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_again(pair, tokenizer, problems, 
     (row, wanted), begun = write(tmp_path / "whole.jsonl")
     file = tmp_path / "killed.jsonl"
     assert write(file, dies_at=20)[0] is None
-    ended = len(evaluate.read(file))
+    ended = len(read_jsonl(file, dict))
     assert 0 < ended < 20
     with file.open("a") as cut:
         cut.write(file.read_text().splitlines()[0][:40])  # the line under way when it was killed
@@ -91,11 +92,11 @@ def test_a_killed_run_goes_on_and_asks_nothing_again(pair, tokenizer, problems, 
     assert write(file, key="other settings")[1] == begun
 
 
-def test_a_damaged_file_of_completions(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"id": "1"}\n{"id":\n{"id": "2"}\n')
-    with pytest.raises(SrlibError, match="line 2 is not a completion"):
-        evaluate.read(tmp_path / "x.jsonl")
-    assert evaluate.read(tmp_path / "none.jsonl") == []
+def test_a_damaged_file_of_completions(pair, tokenizer, problems, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"key": "1"}\n{"key":\n{"key": "2"}\n')
+    small = TransformersEngine(pair[0], tokenizer)
+    with pytest.raises(SrlibError, match="line 2 is damaged"):
+        evaluate.run(small, None, Never("small"), problems, Offload(), dataset="arith", file=tmp_path / "x.jsonl")
 
 
 def test_by_difficulty(problems):

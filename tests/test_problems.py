@@ -66,7 +66,7 @@ def test_columns_of_other_names(tmp_path):
     path = problems.write_jsonl(tmp_path / "x.jsonl", [{"question": "1+1?", "target": 2.0, "level": 1}])
     source = Source(path=str(path), columns={"prompt": "question", "answer": "target"})
     assert problems.load(source) == [Problem(id="0", prompt="1+1?", answer="2.0")]
-    with pytest.raises(SrlibError, match=r"x.jsonl, row 1 has no column 'problem'; it has question, target, level"):
+    with pytest.raises(SrlibError, match=r"x.jsonl has no column 'problem', but question, target, level. Name it"):
         problems.load(Source(path=str(path), columns={"prompt": "problem"}))
 
 

@@ -95,11 +95,11 @@ def test_traces_that_the_big_model_writes_are_kept_if_right(engines, tmp_path, m
     asked = [Problem(id=str(i), prompt=f"{i}+4?", answer=str(i)) for i in range(6)]
     graded = []
 
-    def grade(text, gold):  # an untrained model is never right: every third answer passes for right
-        graded.append(gold)
+    def verdict(text, problem, hint):  # an untrained model is never right: every third answer passes for right
+        graded.append(problem)
         return type("Grade", (), {"correct": len(graded) % 3 == 0})
 
-    monkeypatch.setattr(traces, "grade", grade)
+    monkeypatch.setattr(traces.benchmarks, "verdict", verdict)
     config, offload = Annotate(tries=3, temperature=1.0), Offload(max_tokens=200, batch_size=4)
     with Journal(tmp_path / "w.journal.jsonl") as journal:
         written, dropped = traces.write(big, asked, config, offload, 0, journal)

@@ -246,7 +246,8 @@ class TransformersEngine:
             ).last_hidden_state  # (B, W, E)
             flat = hidden.flatten(0, 1).split(SCORE_POSITIONS), after.flatten().split(SCORE_POSITIONS)
             # some places at a time: the logits of all would be larger than the model
-            values.append(torch.cat([reduce(head(h).float().log_softmax(-1), i) for h, i in zip(*flat)]).view(after.shape))
+            reduced = [reduce(head(h).float().log_softmax(-1), i) for h, i in zip(*flat)]
+            values.append(torch.cat(reduced).view(after.shape))
             self.counters.calls += 1
         self.counters.forward_tokens += sum(map(len, sequences))
         return [row[: len(s) - 1] for row, s in zip(torch.cat(values, 1).tolist(), sequences)]
@@ -302,7 +303,7 @@ class TransformersEngine:
         self.counters.calls += 1
 
     def _alike(self, members: list[tuple[Sequence, int]]) -> list[list[tuple[Sequence, int]]]:
-        """Parts of `members` with about as many new tokens: a wider part takes a narrower one in if that costs little."""
+        """Parts of `members` of about as many new tokens: a wider one takes a narrower one in if that costs little."""
         parts: dict[int, list[tuple[Sequence, int]]] = defaultdict(list)
         for member in members:
             parts[len(member[0].ids) - member[0].processed].append(member)
