@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 OPEN, CLOSE = "<bigmodel>", "</bigmodel>"
@@ -150,6 +151,7 @@ def _end(spans: list[Span], found: Counter[str], start: int, end: int) -> None:
         spans.append(Span(start, end))
 
 
+@cache
 def _pattern(tags: Tags) -> tuple[re.Pattern[str], str]:
     written = [t if isinstance(t, str) else "".join(map(chr, t)) for t in (tags.open, *tags.closes)]
     return re.compile("|".join(map(re.escape, written)), re.DOTALL), written[0]
