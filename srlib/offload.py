@@ -498,8 +498,6 @@ class Offloader:
             self.control_chunk = 1
             self.may_close = _beginnings(self.tokenizer, self.tag_texts[1:])
         self.bridge = Bridge(self.tokenizer, self.engines[-1].tokenizer)
-        templates = {engine.tokenizer.chat_template for engine in self.engines}
-        self._one_template = self.bridge.same and len(templates) == 1
         if isinstance(policy, Speculative) and not self.bridge.same:
             raise SrlibError("Speculative decoding needs two models of one vocabulary; these have different ones.")
 
@@ -630,8 +628,8 @@ class Offloader:
             if not self.bridge.same:
                 raise SrlibError("A prompt given as ids needs one vocabulary; give the text to models of two.")
             return list(prompt), list(prompt)
-        ids = encode_prompt(self.tokenizer, prompt + self.hint)
-        return ids, list(ids) if self._one_template else encode_prompt(self.engines[-1].tokenizer, prompt + self.hint)
+        ids = [encode_prompt(engine.tokenizer, prompt + self.hint) for engine in self.engines]
+        return ids[0], ids[-1]
 
 
 def _beginnings(tokenizer, texts: tuple[str, ...]) -> frozenset[int]:
