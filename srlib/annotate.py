@@ -26,7 +26,7 @@ from srlib import SrlibError, judge, problems, spans, traces
 from srlib.align import Match, align, cover, units, why
 from srlib.journal import Journal
 from srlib.params import Annotate, Params
-from srlib.problems import Problem, encode_prompt
+from srlib.problems import Problem, encode_prompt, encode_prompts
 from srlib.spans import Span
 
 
@@ -333,7 +333,7 @@ def _by_value(
     bar = tqdm(total=len(problems), desc=name, unit="trace", mininterval=1)
     for at in range(0, len(order), config.batch_size):
         batch = order[at : at + config.batch_size]
-        prompts = [encode_prompt(tokenizer, problem.prompt) for problem in batch]
+        prompts = encode_prompts(tokenizer, [problem.prompt for problem in batch])
         encoded = [_encoded(tokenizer, problem) for problem in batch]
         measured = measure([prompt + trace["input_ids"] for prompt, trace in zip(prompts, encoded)])
         for problem, prompt, trace, values in zip(batch, prompts, encoded, measured):

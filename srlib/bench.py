@@ -27,7 +27,7 @@ from srlib.engine import Request
 from srlib.offload import BIG, Offloader, Trace
 from srlib.params import Params
 from srlib.policies import Always, Learned, Never, Policy, Random, Speculative
-from srlib.problems import encode_prompt
+from srlib.problems import encode_prompts
 
 COLUMNS = ("efficiency", "with_reading", "reread_share", "small_share", "big_share", "controller_share", "idle_share")
 
@@ -187,7 +187,7 @@ def _median(runs: list[dict[str, float]]) -> dict[str, float]:
 @torch.inference_mode()
 def _generate(small, prompts: list[str], batch: int, p: Params) -> dict[str, float]:
     """The small model through transformers' own `generate`, `batch` prompts at a time, greedy."""
-    encoded = [encode_prompt(small.tokenizer, prompt) for prompt in prompts]
+    encoded = encode_prompts(small.tokenizer, prompts)
     eos = sorted(small.eos)
     small.model.set_attn_implementation("sdpa")
     tokens, start = 0, time.perf_counter()
@@ -213,7 +213,7 @@ def _closing_check(small, prompts: list[str], p: Params) -> dict[str, float]:
     timed = {"read": [], "one_pass": [], "separate": []}
     for _ in range(p.bench.repeats + 1):
         sequences = [small.open([]) for _ in prompts]
-        encoded = [encode_prompt(small.tokenizer, prompt) for prompt in prompts]
+        encoded = encode_prompts(small.tokenizer, prompts)
         small.run(*(Request(s, feed=ids) for s, ids in zip(sequences, encoded)))
         for how, parts, ask in (("read", [n], 0), ("one_pass", [n], n), ("separate", [1] * n, 1)):
             start = time.perf_counter()

@@ -31,7 +31,7 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from srlib import SrlibError, spans
 from srlib.engine import STOP_TAIL, Background, Request, Sampling
 from srlib.policies import Policy, Speculative
-from srlib.problems import encode_prompt
+from srlib.problems import encode_prompts
 from srlib.spans import Tags
 from srlib.translate import Bridge
 
@@ -110,6 +110,7 @@ class _Side:
 
     def __init__(self, engine, prompt_ids: list[int], sampling: Sampling) -> None:
         self.engine, self.sampling = engine, sampling
+        self.eos = tuple((i,) for i in engine.eos) if engine is not None else ()  # as stops
         self.unread = list(prompt_ids)
         self.sequence = None
         self.length = 0  # ids the sequence has, as far as they have been heard of
@@ -122,22 +123,22 @@ class _Side:
         self.length += len(feed)
         return self.engine.submit(Request(self.sequence, feed, **ask))
 
-    def wait(self, request: Request) -> Steps:
-        """Until `request` is done.
+    def answered(self, request: Request) -> Request:
+        """Take note of what `request`, which is done, has written.
 
         Raises:
             SrlibError: it failed.
         """
-        yield request
         if request.error:
             raise request.error
         self.length += len(request.ids)
+        return request
 
     def request(self, **ask) -> Generator[Request, None, Request]:
         """`start`, and wait for it."""
         request = self.start(**ask)
-        yield from self.wait(request)
-        return request
+        yield request
+        return self.answered(request)
 
     def read(self) -> None:
         """Have what is unread read while others work."""
@@ -167,8 +168,8 @@ class Writer:
         self.o, self.seed = offloader, seed
         self.trace = Trace(list(prompt_ids), offloader.tags)
         # One seed for both: where they agree on a token's distribution they draw the same token.
-        self.small = _Side(offloader.small, prompt_ids, replace(offloader.sampling, seed=seed))
-        self.big = _Side(offloader.big, big_prompt_ids, replace(offloader.big_sampling, seed=seed))
+        self.small = _Side(offloader.small, prompt_ids, offloader.sampling._replace(seed=seed))
+        self.big = _Side(offloader.big, big_prompt_ids, offloader.big_sampling._replace(seed=seed))
         rooms = [
             engine.context - len(ids)
             for engine, ids in ((offloader.small, prompt_ids), (offloader.big, big_prompt_ids))
@@ -210,7 +211,7 @@ class Writer:
         Returns:
             the tag it ended with, `unsure`, or None.
         """
-        o, eos, start = self.o, self.o.eos(self.small), len(self.trace.ids)
+        o, eos, start = self.o, self.small.eos, len(self.trace.ids)
         ends = {"stops": eos}
         if tags:
             ends = {"stops": eos, "stop_texts": o.tag_texts} if o.plain_tags else {"stops": (*o.tag_ids, *eos)}
@@ -288,7 +289,7 @@ class Writer:
         draft it answers what it would have put at each place. (Leviathan et al. 2023, arXiv
         2211.17192; as both draw with one seed, kept and replaced tokens are exactly the big model's.)
         """
-        eos = self.o.eos(self.big)
+        eos = self.big.eos
         asked = min(n, self.left - 1)
         drafted: list[int] = []
         if asked:
@@ -319,11 +320,12 @@ class Writer:
         self._handover(start, start + 1, self.trace.finish or "draft", began)
 
     def _start_big(self, n: int) -> Request:
-        return self.big.start(max_new=min(n, self.left), stops=self.o.eos(self.big))
+        return self.big.start(max_new=min(n, self.left), stops=self.big.eos)
 
     def _big_chunk(self, request: Request, last: bool = False) -> Generator[Request, None, bool]:
         """What `request` has the big model write; returns whether the text ended."""
-        yield from self.big.wait(request)
+        yield request
+        self.big.answered(request)
         ended, same = request.stopped is not None, self.o.bridge.same
         written = request.ids if same or not ended else request.ids[:-1]
         ids = self.to_small.feed(written, last or ended)
@@ -479,9 +481,9 @@ class Offloader:
         self.max_tokens, self.span_budget = max_tokens, span_budget
         self.stream_chunk, self.overlap, self.hint, self.seed = stream_chunk, overlap, hint, seed
         self.sampling = Sampling(temperature, top_p, top_k)
-        self.big_sampling = replace(
-            self.sampling, temperature=temperature if big_temperature is None else big_temperature
-        )
+        self.big_sampling = self.sampling
+        if big_temperature is not None:
+            self.big_sampling = self.sampling._replace(temperature=big_temperature)
         if threads:
             small, big = (e if e is None or e.running else Background(e) for e in (small, big))
         self.small, self.big = small, big
@@ -500,10 +502,6 @@ class Offloader:
         self.bridge = Bridge(self.tokenizer, self.engines[-1].tokenizer)
         if isinstance(policy, Speculative) and not self.bridge.same:
             raise SrlibError("Speculative decoding needs two models of one vocabulary; these have different ones.")
-
-    def eos(self, side: _Side) -> tuple[tuple[int], ...]:
-        """End-of-text ids of one side, as stops."""
-        return tuple((i,) for i in side.engine.eos)
 
     @property
     def concurrent(self) -> bool:
@@ -535,8 +533,7 @@ class Offloader:
         times_seen: Counter[tuple[int, ...]] = Counter()
         writers = []
         given = iter(numbers) if numbers is not None else None
-        for prompt in prompts:
-            ids, big_ids = self._encode(prompt)
+        for ids, big_ids in self._encode(list(prompts)):
             number = times_seen[tuple(ids)] if given is None else next(given)
             key = f"{self.seed} {number} {ids}"
             times_seen[tuple(ids)] += 1
@@ -590,8 +587,9 @@ class Offloader:
                 if engine.running:
                     engine.deliver_to(None)
             bar.close()
-        for writer in writers:  # an engine that runs by itself may have read on
-            writer.count()
+        if self.concurrent:  # an engine that runs by itself may have read on
+            for writer in writers:
+                writer.count()
         self.controller_seconds = self.clock() - waited
         return [writer.trace for writer in writers]
 
@@ -622,14 +620,21 @@ class Offloader:
                 block = False
         return done
 
-    def _encode(self, prompt: str | list[int]) -> tuple[list[int], list[int]]:
-        """A prompt as each model is asked: text through the chat template of each."""
-        if not isinstance(prompt, str):
-            if not self.bridge.same:
-                raise SrlibError("A prompt given as ids needs one vocabulary; give the text to models of two.")
-            return list(prompt), list(prompt)
-        ids = [encode_prompt(engine.tokenizer, prompt + self.hint) for engine in self.engines]
-        return ids[0], ids[-1]
+    def _encode(self, prompts: list[str | list[int]]) -> list[tuple[list[int], list[int]]]:
+        """Prompts as each model is asked: text through the chat template of each.
+
+        Raises:
+            SrlibError: ids are given, and the vocabularies differ.
+        """
+        texts = [prompt + self.hint for prompt in prompts if isinstance(prompt, str)]
+        if len(texts) < len(prompts) and not self.bridge.same:
+            raise SrlibError("A prompt given as ids needs one vocabulary; give the text to models of two.")
+        sides = [iter(encode_prompts(engine.tokenizer, texts)) for engine in self.engines]
+        encoded = []
+        for prompt in prompts:
+            ids = [next(side) for side in sides] if isinstance(prompt, str) else [list(prompt)]
+            encoded.append((ids[0], ids[-1]))
+        return encoded
 
 
 def _beginnings(tokenizer, texts: tuple[str, ...]) -> frozenset[int]:

@@ -178,7 +178,17 @@ def write_jsonl(path: str | Path, rows: Iterable[BaseModel | dict[str, Any]]) ->
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Ids of a prompt as the model is asked: through the tokenizer's chat template, if it has one."""
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """`encode_prompt` of each of `prompts`, in half the time."""
+    if not prompts:
+        return []
+    ids_alone = {"return_attention_mask": False}
     if tokenizer.chat_template is None:
-        return tokenizer.encode(prompt)
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return tokenizer(prompts, **ids_alone)["input_ids"]
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=ids_alone
+    )

@@ -61,7 +61,8 @@ def parse(x: Text, tags: Tags = TEXT) -> list[Span]:
 
 def strip(x: Text, tags: Tags = TEXT) -> Text:
     """`x` without its tags: what the big model reads."""
-    return _read(x, tags)[0]
+    written = _pattern(tags)[0].sub("", _characters(x))
+    return written if isinstance(x, str) else list(map(ord, written))
 
 
 def faults(x: Text, tags: Tags = TEXT) -> Counter[str]:
@@ -87,8 +88,8 @@ def wrap(x: Text, spans: Iterable[Span], tags: Tags = TEXT) -> Text:
 
 def inside(x: Text, tags: Tags = TEXT) -> list[bool]:
     """For each position of `strip(x)`, whether it lies in a span."""
-    text, spans, _ = _read(x, tags)
-    mask = [False] * len(text)
+    length, spans, _ = _read(x, tags)
+    mask = [False] * length
     for start, end in spans:
         mask[start:end] = [True] * (end - start)
     return mask
@@ -113,16 +114,17 @@ def share(traces) -> float:
     return big / (big + small) if big + small else 0.0
 
 
-def _read(x: Text, tags: Tags) -> tuple[Text, list[Span], Counter[str]]:
-    """One pass: text without tags, spans, faults."""
-    as_text = isinstance(x, str)
-    # Ids become characters of the same number, so that one regular expression reads both.
-    chars = x if as_text else "".join(map(chr, x))
+def _characters(x: Text) -> str:
+    """Ids become characters of the same number, so that one regular expression reads both."""
+    return x if isinstance(x, str) else "".join(map(chr, x))
+
+
+def _read(x: Text, tags: Tags) -> tuple[int, list[Span], Counter[str]]:
+    """One pass: length without tags, spans, faults."""
     tag, opening = _pattern(tags)
-    pieces, spans, found = [], [], Counter()
+    spans, found = [], Counter()
     length, start, at = 0, None, 0  # of the text so far; of the open span; in x
-    for match in tag.finditer(chars):
-        pieces.append(x[at : match.start()])
+    for match in tag.finditer(_characters(x)):
         length += match.start() - at
         at = match.end()
         if match.group() == opening:
@@ -135,13 +137,11 @@ def _read(x: Text, tags: Tags) -> tuple[Text, list[Span], Counter[str]]:
         else:
             _end(spans, found, start, length)
             start = None
-    pieces.append(x[at:])
     length += len(x) - at
     if start is not None:
         found["unclosed"] += 1
         _end(spans, found, start, length)
-    text = "".join(pieces) if as_text else [token for piece in pieces for token in piece]
-    return text, spans, found
+    return length, spans, found
 
 
 def _end(spans: list[Span], found: Counter[str], start: int, end: int) -> None:
@@ -153,5 +153,5 @@ def _end(spans: list[Span], found: Counter[str], start: int, end: int) -> None:
 
 @cache
 def _pattern(tags: Tags) -> tuple[re.Pattern[str], str]:
-    written = [t if isinstance(t, str) else "".join(map(chr, t)) for t in (tags.open, *tags.closes)]
+    written = list(map(_characters, (tags.open, *tags.closes)))
     return re.compile("|".join(map(re.escape, written)), re.DOTALL), written[0]

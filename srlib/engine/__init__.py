@@ -29,13 +29,13 @@ from hashlib import blake2b
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
+from typing import NamedTuple
 
 from srlib import SrlibError
 from srlib.params import ModelSpec
 
 
-@dataclass(frozen=True)
-class Sampling:
+class Sampling(NamedTuple):
     """How the next token is chosen; means the same in every engine.
 
     The distribution is that of the logits divided by `temperature`, cut to the `top_k` likeliest
