@@ -38,7 +38,7 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from srlib import SrlibError, spans
-from srlib.engine import STOP_TAIL, Background, Request, Sampling
+from srlib.engine import STOP_TAIL, Request, Sampling
 from srlib.policies import Policy, Speculative
 from srlib.problems import encode_prompts
 from srlib.spans import Tags
@@ -448,8 +448,7 @@ class Offloader:
         big_temperature: of the big model, where it is to differ.
         stream_chunk: the big model reads along every so many tokens of the small one; 0: when asked.
         overlap: the big model writes its next chunk while the small one looks at the last; for
-            engines that really work at the same time.
-        threads: engines that work in steps get a thread each: for models on two devices.
+            engines that really work at the same time, as one in a process of its own does.
         hint: text put behind every prompt that is given as text.
         seed: with the prompt, it fixes a trace, whatever is written beside it.
 
@@ -473,7 +472,6 @@ class Offloader:
         big_temperature: float | None = None,
         stream_chunk: int = 0,
         overlap: bool = False,
-        threads: bool = False,
         hint: str = "",
         seed: int = 0,
     ) -> None:
@@ -484,8 +482,6 @@ class Offloader:
         self.big_sampling = self.sampling
         if big_temperature is not None:
             self.big_sampling = self.sampling._replace(temperature=big_temperature)
-        if threads:
-            small, big = (e if e is None or e.running else Background(e) for e in (small, big))
         self.small, self.big = small, big
         self.engines = [engine for engine in (small, big) if engine is not None]
         self.batch_size = min(batch_size, *(engine.slots for engine in self.engines))

@@ -31,6 +31,9 @@ class ModelSpec(Section):
     merge: bool = Field(True, description="fold the adapter into the weights when it is loaded")
     engine: Literal["transformers", "vllm"] = "transformers"
     url: str | None = Field(None, description="vllm: address of a running server, such as http://127.0.0.1:8000")
+    process: bool = Field(
+        False, description="transformers: in a process of its own, so that both models of a pair work at the same time"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "nf4", "int8", "awq", "gptq", "fp8"] = Field(
@@ -52,6 +55,8 @@ class ModelSpec(Section):
                 )
             if self.url or self.ray or self.compile or self.tensor_parallel * self.pipeline_parallel > 1:
                 raise ValueError("url, ray, compile and the parallel settings need engine: vllm")
+        elif self.process:
+            raise ValueError("process needs engine: transformers; vllm works by itself")
         if self.engine == "vllm" and self.quantization == "int8":
             raise ValueError("quantization int8 needs engine: transformers; vllm takes nf4, awq, gptq and fp8")
         return self
@@ -314,7 +319,6 @@ class Offload(Section):
         0, ge=0, description="the big model reads along every so many small tokens; 0: when asked"
     )
     overlap: bool = Field(False, description="the big model writes on while the small one looks at its last chunk")
-    threads: bool = Field(False, description="each transformers engine in a thread of its own: for two devices")
     n_demo: int = Field(64, ge=1, description="problems in the batch of notebook 04")
 
     @property

@@ -34,7 +34,8 @@ def problems(n):
 
 def go(config, asked, path):
     with Journal(path) as journal:
-        judge.ask(judge.Endpoint(config.judge), asked, config, journal, judge.estimate(asked, config, arith.tokenizer()))
+        estimate = judge.estimate(asked, config, arith.tokenizer())
+        judge.ask(judge.Endpoint(config.judge), asked, config, journal, estimate)
         return journal.records
 
 
@@ -59,7 +60,7 @@ def work(url, path):
 
 
 def test_ten_kills_and_the_same_set(tmp_path):
-    """What an undisturbed run has is what a run has that was killed ten times; only what was under way is asked again."""
+    """A run killed ten times has what an undisturbed one has; only what was under way is asked again."""
     path, rng = tmp_path / "killed.journal.jsonl", random.Random(0)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_judge"])

@@ -25,7 +25,10 @@ def test_overrides():
         ({"sft.epochs": "many"}, r"sft.epochs is 'many': input should be a valid number"),
         ({"sft.lora_rank": 1.5}, r"sft.lora_rank is 1.5: input should be a valid integer"),
         ({"annotate.threshold": -1}, r"annotate.threshold is -1: input should be greater than 0"),
-        ({"annotate.method": "guess"}, r"annotate.method is 'guess': input should be 'gap', 'judge', 'random', 'entropy' or 'given'"),
+        (
+            {"annotate.method": "guess"},
+            r"annotate.method is 'guess': input should be 'gap', 'judge', 'random', 'entropy' or 'given'",
+        ),
         ({"arith.min_steps": 9}, r"arith: min_steps 9 is above max_steps 5"),
         ({"arith.small.num_attention_heads": 5}, r"not a multiple"),
         ({"evaluate.random_shares": [0.5, 2]}, r"random_shares holds 2.0"),

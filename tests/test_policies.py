@@ -1,7 +1,5 @@
 """Policies and baselines on real tiny models, and what may not change what they write."""
 
-import threading
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,16 +75,14 @@ def test_speculative_decoding_writes_what_the_big_model_writes(engines, prompts,
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("policy", [Learned(), Random(0.3, 4), Entropy(3.0, 3), Speculative(3)], ids=lambda p: p.name)
-@pytest.mark.parametrize("how", [{"stream_chunk": 3}, {"overlap": True}, {"threads": True}])
+@pytest.mark.parametrize("how", [{"stream_chunk": 3}, {"overlap": True}])
 def test_pipelining_changes_no_token(engines, prompts, policy, temperature, how):
     settings = {"max_tokens": 32, "span_budget": 6, "control_chunk": 2, "temperature": temperature}
-    before = threading.active_count()
     plain = Offloader(*engines, policy, **settings).run(prompts)
     piped = Offloader(*engines, policy, **settings, **how).run(prompts)
     # Other batches round otherwise, which moves a draw that lies on the very border of two tokens.
     assert sum(a != b for a, b in zip(ids(piped), ids(plain))) <= 1
     assert all(len(e._free) == e.slots and not e.pending for e in engines)
-    assert threading.active_count() == before
 
 
 def test_streaming_has_read_the_text_when_it_is_asked(engines, prompts):
@@ -146,8 +142,7 @@ def test_cancel_takes_back(engines, prompts):
     assert a.ids == b.ids
 
 
-@pytest.mark.parametrize("threads", [False, True])
-def test_an_engine_that_fails_ends_its_traces_with_one_error(engines, prompts, threads):
+def test_an_engine_that_fails_ends_its_traces_with_one_error(engines, prompts):
     small, big = engines
 
     class Failing(TransformersEngine):
@@ -158,7 +153,7 @@ def test_an_engine_that_fails_ends_its_traces_with_one_error(engines, prompts, t
             return done
 
     failing = Failing(big.model, big.tokenizer)
-    writer = Offloader(small, failing, Learned(), max_tokens=32, span_budget=4, threads=threads)
+    writer = Offloader(small, failing, Learned(), max_tokens=32, span_budget=4)
     traces = writer.run(prompts)
     assert {t.finish for t in traces} > {"error"}
     assert all((t.error == "the server is gone") == (t.finish == "error") for t in traces)

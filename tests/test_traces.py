@@ -16,7 +16,8 @@ def source(tmp_path, rows, **columns):
 
 
 def test_the_first_right_generation_is_taken_and_the_rest_is_counted(tmp_path):
-    right = {"uuid": "a", "problem": "1+1?", "answer": 2, "generations": ["no", "yes", "also"], "ok": [False, True, True]}
+    generations = {"generations": ["no", "yes", "also"], "ok": [False, True, True]}
+    right = {"uuid": "a", "problem": "1+1?", "answer": 2, **generations}
     rows = [
         right,
         right | {"uuid": "b", "ok": [False, False, False]},

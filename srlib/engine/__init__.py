@@ -13,7 +13,7 @@ What every engine has: `tokenizer`, `slots`, `context`, `eos`, `counters`, `runn
 `close`, `truncate`, `submit`, `cancel`, `score`, `entropies`.
 
 A *stepping* engine (`running` is False) works when `step` is called, which returns the requests
-that are done. A *running* one (a server, a thread) works by itself and puts each done request
+that are done. A *running* one (a server, a process) works by itself and puts each done request
 into the queue given to `deliver_to`, so that one place can wait for several engines (None: no
 more). While a request is under way only the engine touches its sequence; `cancel` takes it back: it is not
 answered, and the sequence's ids are as they were before it.
@@ -23,12 +23,9 @@ answered, and the sequence's ids are as they were before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import NamedTuple
 
 from srlib import SrlibError
@@ -134,63 +131,6 @@ class Counters:
     seconds: float = 0.0  # in which the engine was at work
 
 
-class Background:
-    """A stepping engine in a thread of its own, so that two models on two devices work at the same time."""
-
-    running = True
-
-    def __init__(self, engine) -> None:
-        self._engine = engine
-        self._orders: SimpleQueue[tuple[Callable, tuple] | None] = SimpleQueue()
-
-    def __getattr__(self, name: str):
-        return getattr(self._engine, name)
-
-    def deliver_to(self, answers: SimpleQueue[Request] | None) -> None:
-        """Work, and put each request that is done into `answers`; None: stop working."""
-        if answers is None:
-            self._orders.put(None)
-            self._thread.join()
-        else:
-            self._thread = Thread(target=self._work, args=(answers,), daemon=True)
-            self._thread.start()
-
-    def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
-        """As the engine's, after all that was ordered before: a slot may have to be given back first."""
-        opened: SimpleQueue[Sequence] = SimpleQueue()
-        self._orders.put((lambda: opened.put(self._engine.open(ids, sampling)), ()))
-        return opened.get()
-
-    def submit(self, request: Request) -> Request:
-        self._orders.put((self._engine.submit, (request,)))
-        return request
-
-    def cancel(self, request: Request) -> None:
-        self._orders.put((self._engine.cancel, (request,)))
-
-    def truncate(self, sequence: Sequence, length: int) -> None:
-        self._orders.put((self._engine.truncate, (sequence, length)))
-
-    def close(self, sequence: Sequence) -> None:
-        self._orders.put((self._engine.close, (sequence,)))
-
-    def _work(self, answers: SimpleQueue[Request]) -> None:
-        while True:
-            while not self._engine.pending or not self._orders.empty():
-                order = self._orders.get()
-                if order is None:
-                    return
-                order[0](*order[1])
-            try:
-                done = self._engine.step()
-            except Exception as error:  # such as a device out of memory: the traces end, and say why
-                done, self._engine.pending = self._engine.pending, []
-                for request in done:
-                    request.error = SrlibError(f"{type(error).__name__} while a model was at work: {error}")
-            for request in done:
-                answers.put(request)
-
-
 def load(spec: ModelSpec | str | Path, slots: int = 64):
     """An engine from a model's name or folder.
 
@@ -207,6 +147,10 @@ def load(spec: ModelSpec | str | Path, slots: int = 64):
         from srlib.engine import vllm
 
         return vllm.load(spec, slots)
+    if spec.process:
+        from srlib.engine import process
+
+        return process.ProcessEngine(spec, slots)
     from srlib.engine import transformers
 
     return transformers.load(spec, slots)
