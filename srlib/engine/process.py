@@ -50,7 +50,7 @@ class ProcessEngine:
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
         pipe, theirs = Pipe()
         command = [sys.executable, "-m", "srlib.engine.process", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         theirs.close()
         # Ends the process, once: when it is called, when the engine is garbage, or at exit.
         self.shutdown = weakref.finalize(self, _stop, self._process, pipe, self._orders)
