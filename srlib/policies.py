@@ -55,7 +55,7 @@ class Learned:
             if tag != spans.OPEN or writer.done:
                 continue
             request += 1
-            if (self.reject and rng.random() < self.reject) or request == self.without:
+            if rng.random() < self.reject or request == self.without:
                 continue
             budget = self._allowed(writer)
             if budget is None or budget >= 1:

@@ -25,7 +25,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 from srlib import SrlibError
@@ -129,6 +131,59 @@ class Counters:
     discarded_tokens: int = 0  # processed and then taken back
     calls: int = 0  # forward passes
     seconds: float = 0.0  # in which the engine was at work
+
+
+class Running:
+    """What the engines that work by themselves share; each has a `_submit` of its own.
+
+    Args:
+        spec: the model.
+        slots: how many sequences can be open at the same time.
+    """
+
+    running = True
+
+    def __init__(self, spec: ModelSpec, slots: int) -> None:
+        self.spec, self.slots, self.counters = spec, slots, Counters()
+        self._names, self._open = count(), 0
+        self._answers: SimpleQueue[Request] | None = None
+
+    def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
+        """Begin a sequence; nothing is computed yet.
+
+        Raises:
+            RuntimeError: all slots are taken.
+        """
+        if self._open >= self.slots:
+            raise RuntimeError(f"all {self.slots} slots are taken; close a sequence first")
+        self._open += 1
+        return Sequence(next(self._names), list(ids), sampling)
+
+    def deliver_to(self, answers: SimpleQueue[Request] | None) -> None:
+        """Put what is submitted from now on into `answers` when it is done; None: nowhere."""
+        self._answers = answers
+
+    def submit(self, request: Request) -> Request:
+        """Ask for work; it begins at once."""
+        return self._submit(request, self._answers)
+
+    def run(self, *requests: Request) -> list[Request]:
+        """Submit and wait until all of `requests` are done.
+
+        Raises:
+            SrlibError: one of them failed.
+        """
+        answers: SimpleQueue[Request] = SimpleQueue()
+        for request in requests:
+            self._submit(request, answers)
+        for error in [answers.get().error for _ in requests]:
+            if error:
+                raise error
+        return list(requests)
+
+    def _submit(self, request: Request, answers: SimpleQueue[Request] | None) -> Request:
+        """Ask for work, and have the request put into `answers` when it is done."""
+        raise NotImplementedError
 
 
 def load(spec: ModelSpec | str | Path, slots: int = 64):

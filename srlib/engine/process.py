@@ -11,23 +11,22 @@ import signal
 import subprocess
 import sys
 import weakref
-from itertools import count
 from multiprocessing.connection import Connection, Pipe
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 from srlib import SrlibError
-from srlib.engine import GREEDY, Counters, Request, Sampling, Sequence, check
+from srlib.engine import GREEDY, Counters, Request, Running, Sampling, Sequence, check
 from srlib.params import ModelSpec
 
 Order = tuple[Any, ...]  # a method, and what it is called with; names stand for sequences and requests
 
 
-class ProcessEngine:
+class ProcessEngine(Running):
     """A causal language model in another process; it works by itself.
 
     Args:
@@ -38,13 +37,10 @@ class ProcessEngine:
         SrlibError: no such model or adapter, or one of its files is damaged.
     """
 
-    running = True
-
     def __init__(self, spec: ModelSpec, slots: int) -> None:
         check(spec)
-        self.spec, self.slots, self.counters = spec, slots, Counters()
-        self._names, self._open = count(), 0
-        self._answers: SimpleQueue[Request] | None = None
+        super().__init__(spec, slots)
+        self._lock = Lock()  # what has been answered is noted whole before it is taken back, or not at all
         self._under_way: dict[int, tuple[Request, SimpleQueue[Request] | None]] = {}
         self._results: SimpleQueue[Any] = SimpleQueue()  # of `score` and `entropies`
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
@@ -57,10 +53,11 @@ class ProcessEngine:
         pipe.send((spec, slots, torch.get_num_threads()))
         try:
             self.context, self.eos = _result(pipe.recv())
-        except (EOFError, SrlibError) as error:
+        except SrlibError:
             self.shutdown()
-            if isinstance(error, SrlibError):
-                raise
+            raise
+        except EOFError:
+            self.shutdown()
             raise SrlibError(f"The process of {spec.path} ended while it loaded; why stands above.") from None
         self.tokenizer = AutoTokenizer.from_pretrained(spec.adapter or spec.path)
         self._gone = ""
@@ -73,18 +70,16 @@ class ProcessEngine:
         Raises:
             RuntimeError: all slots are taken.
         """
-        if self._open >= self.slots:
-            raise RuntimeError(f"all {self.slots} slots are taken; close a sequence first")
-        self._open += 1
-        sequence = Sequence(next(self._names), list(ids), sampling)
+        sequence = super().open(ids, sampling)
         self._orders.put(("open", sequence.slot, list(ids), tuple(sampling)))
         return sequence
 
     def close(self, sequence: Sequence) -> None:
         """Give the slot back; what was asked for the sequence is forgotten."""
-        for name, (request, _) in list(self._under_way.items()):
-            if request.sequence is sequence:
-                self._under_way.pop(name, None)
+        with self._lock:
+            for name, (request, _) in list(self._under_way.items()):
+                if request.sequence is sequence:
+                    del self._under_way[name]
         self._orders.put(("close", sequence.slot))
         self._open -= 1
 
@@ -93,35 +88,14 @@ class ProcessEngine:
         del sequence.ids[length:]
         self._orders.put(("truncate", sequence.slot, length))
 
-    def deliver_to(self, answers: SimpleQueue[Request] | None) -> None:
-        """Put what is submitted from now on into `answers` when it is done; None: nowhere."""
-        self._answers = answers
-
-    def submit(self, request: Request) -> Request:
-        """Ask for work; it begins at once."""
-        return self._submit(request, self._answers)
-
     def cancel(self, request: Request) -> None:
         """Take a request back: it is not answered, and the sequence's ids are as they were before it."""
-        for name, (other, _) in list(self._under_way.items()):
-            if other is request:
-                self._under_way.pop(name, None)
-                self._orders.put(("cancel", name))
+        with self._lock:
+            for name, (other, _) in list(self._under_way.items()):
+                if other is request:
+                    del self._under_way[name]
+                    self._orders.put(("cancel", name))
         self.truncate(request.sequence, request.start)
-
-    def run(self, *requests: Request) -> list[Request]:
-        """Submit and wait until all of `requests` are done.
-
-        Raises:
-            SrlibError: one of them failed.
-        """
-        answers: SimpleQueue[Request] = SimpleQueue()
-        for request in requests:
-            self._submit(request, answers)
-        for error in [answers.get().error for _ in requests]:
-            if error:
-                raise error
-        return list(requests)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """As `TransformersEngine.score`.
@@ -149,10 +123,11 @@ class ProcessEngine:
         request.start = len(request.sequence.ids)
         request.sequence.ids += request.feed
         name = next(self._names)
-        self._under_way[name] = request, answers
-        if self._gone:
-            self._fail()
-            return request
+        with self._lock:
+            self._under_way[name] = request, answers
+            if self._gone:
+                self._answer(name, self._gone)
+                return request
         asked = (request.feed, request.max_new, request.stops, request.stop_texts, request.recent)
         asked = (*asked, request.max_entropy, request.ask, request.watch)
         self._orders.put(("submit", name, request.sequence.slot, asked))
@@ -161,27 +136,29 @@ class ProcessEngine:
     def _take(self, answers: list[tuple[Any, ...]], counters: dict[str, Any]) -> None:
         """What the process has done."""
         self.counters = Counters(**counters)
-        for name, forwarded, error, written in answers:
-            request, queue = self._under_way.pop(name, (None, None))
-            if request is None:
-                continue  # taken back meanwhile
-            request.sequence.forwarded = forwarded
-            request.ids, request.logprobs, request.own, request.watched, request.stopped, request.unsure = written
-            request.error = SrlibError(error) if error else None
-            request.sequence.ids += request.ids
-            if queue is not None:
-                queue.put(request)
+        with self._lock:
+            for name, forwarded, error, written in answers:
+                if name not in self._under_way:
+                    continue  # taken back meanwhile
+                request = self._under_way[name][0]
+                request.sequence.forwarded = forwarded
+                request.ids, request.logprobs, request.own, request.watched, request.stopped, request.unsure = written
+                request.sequence.ids += request.ids
+                self._answer(name, error)
 
-    def _fail(self, reason: str = "") -> None:
+    def _fail(self, reason: str) -> None:
         """The process is gone: whoever waits for it is told."""
-        self._gone = self._gone or reason
-        for name in list(self._under_way):
-            request, queue = self._under_way.pop(name, (None, None))
-            if request is not None:
-                request.error = SrlibError(self._gone)
-                if queue is not None:
-                    queue.put(request)
-        self._results.put(SrlibError(self._gone))
+        with self._lock:
+            self._gone = reason
+            for name in list(self._under_way):
+                self._answer(name, reason)
+        self._results.put(SrlibError(reason))
+
+    def _answer(self, name: int, error: str | None) -> None:
+        request, queue = self._under_way.pop(name)
+        request.error = SrlibError(error) if error else None
+        if queue is not None:
+            queue.put(request)
 
 
 def _result(answer: Any) -> Any:
@@ -278,7 +255,8 @@ def serve(pipe: Connection) -> None:
         answers = []
         for request in done:
             written = (request.ids, request.logprobs, request.own, request.watched, request.stopped, request.unsure)
-            answers.append((names.pop(request), request.sequence.forwarded, request.error and str(request.error), written))
+            error = request.error and str(request.error)
+            answers.append((names.pop(request), request.sequence.forwarded, error, written))
         if answers:
             pipe.send(("done", answers, vars(engine.counters)))
 

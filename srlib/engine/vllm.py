@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from srlib import SrlibError
-from srlib.engine import GREEDY, Counters, Request, Sampling, Sequence, check
+from srlib.engine import Request, Running, Sampling, Sequence, check
 from srlib.params import ModelSpec
 
 TOP = 20  # likeliest tokens an entropy is estimated from; vLLM gives no more by default
@@ -61,7 +61,7 @@ class Piece(NamedTuple):
     cached: int | None  # how many ids of the prompt were in the cache; None: not told
 
 
-class VllmEngine:
+class VllmEngine(Running):
     """A causal language model under vLLM; it works by itself.
 
     Args:
@@ -69,13 +69,9 @@ class VllmEngine:
         slots: how many sequences can be open at the same time.
     """
 
-    running = True
-
     def __init__(self, spec: ModelSpec, slots: int) -> None:
-        self.spec, self.slots, self.counters = spec, slots, Counters()
+        super().__init__(spec, slots)
         self.tokenizer, self.eos = _texts(spec)
-        self._names, self._open = count(), 0
-        self._answers: SimpleQueue[Request] | None = None
         self._entropic = False  # whether `max_entropy` has been used
         self._under_way: dict[Request, asyncio.Task] = {}  # only the loop's thread touches it
         self._since = 0.0  # when the first of them began
@@ -91,17 +87,6 @@ class VllmEngine:
         # Frees the model, once: when it is called, when the engine is garbage, or at exit.
         self.shutdown = weakref.finalize(self, _stop, self._model, self._loop, thread)
 
-    def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
-        """Begin a sequence; nothing is computed yet.
-
-        Raises:
-            RuntimeError: all slots are taken.
-        """
-        if self._open >= self.slots:
-            raise RuntimeError(f"all {self.slots} slots are taken; close a sequence first")
-        self._open += 1
-        return Sequence(next(self._names), list(ids), sampling)
-
     def close(self, sequence: Sequence) -> None:
         """Give the slot back; what was asked for the sequence is forgotten."""
         self._wait(self._end(lambda request: request.sequence is sequence))
@@ -113,14 +98,6 @@ class VllmEngine:
         if sequence.processed > length:
             self.counters.discarded_tokens += sequence.processed - length
             sequence.processed = length
-
-    def deliver_to(self, answers: SimpleQueue[Request] | None) -> None:
-        """Put what is submitted from now on into `answers` when it is done; None: nowhere."""
-        self._answers = answers
-
-    def submit(self, request: Request) -> Request:
-        """Ask for work; it begins at once."""
-        return self._submit(request, self._answers)
 
     def cancel(self, request: Request) -> None:
         """Take a request back: it is not answered, and the sequence's ids are as they were before it."""
@@ -135,20 +112,6 @@ class VllmEngine:
             if other is not request:
                 self._answers.put(other)
         self.truncate(request.sequence, request.start)
-
-    def run(self, *requests: Request) -> list[Request]:
-        """Submit and wait until all of `requests` are done.
-
-        Raises:
-            SrlibError: one of them failed.
-        """
-        answers: SimpleQueue[Request] = SimpleQueue()
-        for request in requests:
-            self._submit(request, answers)
-        for error in [answers.get().error for _ in requests]:
-            if error:
-                raise error
-        return list(requests)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probability of every id of each sequence but its first, given what stands before it.
