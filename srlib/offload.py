@@ -32,7 +32,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from multiprocessing.connection import wait
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
@@ -557,11 +557,6 @@ class Offloader:
                 finished(places[writer], writer.trace)
 
         places = {writer: i for i, writer in enumerate(writers)}
-        answers: SimpleQueue[Request] = SimpleQueue()
-        stepping = [engine for engine in self.engines if not engine.running]
-        for engine in self.engines:
-            if engine.running:
-                engine.deliver_to(answers)
         gc.freeze()  # what is loaded is no garbage: to go through it all again and again would cost a tenth of the time
         try:
             while waiting or under_way:
@@ -569,7 +564,7 @@ class Offloader:
                     writer = waiting.popleft()
                     advance(writer, iter(()) if writer.done else self.policy.write(writer))
                 asked = time.perf_counter()
-                done = self._answers(stepping, answers) if under_way else []
+                done = self._answers() if under_way else []
                 waited += time.perf_counter() - asked
                 for request in done:
                     request.done = True
@@ -579,9 +574,6 @@ class Offloader:
             gc.unfreeze()
             for writer, _ in under_way.values():
                 writer.close()
-            for engine in self.engines:
-                if engine.running:
-                    engine.deliver_to(None)
             bar.close()
         if self.concurrent:  # an engine that runs by itself may have read on
             for writer in writers:
@@ -599,21 +591,21 @@ class Offloader:
         if errors:
             raise SrlibError(f"{self.policy.name}: {len(errors)} of {len(traces)} traces failed: {errors[0]}")
 
-    def _answers(self, stepping: list, answers: SimpleQueue[Request]) -> list[Request]:
+    def _answers(self) -> list[Request]:
         """Requests that have been done: by a step of an engine, by those that run, or by both."""
+        running = [engine for engine in self.engines if engine.running]
+        stepping = [engine for engine in self.engines if not engine.running]
+        for engine in running:
+            engine.flush()
         # An engine that has gathered its part of what waits goes first, the one with less before the other.
         total = sum(len(engine.pending) for engine in stepping)
         ready = [engine for engine in stepping if engine.pending and len(engine.pending) >= GATHER * total]
         next_ = min(ready, key=lambda engine: len(engine.pending), default=None)
         done = next_.step() if next_ is not None else []
-        if len(stepping) < len(self.engines):
-            block = not (done or any(engine.pending for engine in stepping))
-            while True:
-                try:
-                    done.append(answers.get(block))
-                except Empty:
-                    break
-                block = False
+        if running and not done and not total:
+            wait([engine.ready for engine in running])
+        for engine in running:
+            done += engine.collect()
         return done
 
     def _encode(self, prompts: list[str | list[int]]) -> list[tuple[list[int], list[int]]]:

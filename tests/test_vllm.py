@@ -9,7 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from queue import Empty, SimpleQueue
+from multiprocessing.connection import wait
 from threading import Event, Thread
 
 import httpx
@@ -126,24 +126,20 @@ def test_what_is_in_the_cache_is_not_read_again(small):
 
 @needs_vllm
 def test_cancel_takes_a_request_back_and_frees_its_cache(small, prompts, opened):
-    answers = SimpleQueue()
-    small.deliver_to(answers)
     requests = [small.submit(Request(s, [5, 6], max_new=200)) for s in opened]
     time.sleep(0.3)
     for request in requests:
         small.cancel(request)
     assert [s.ids for s in opened] == prompts
-    with pytest.raises(Empty):
-        answers.get(timeout=0.5)
+    time.sleep(0.5)
+    assert not small.collect()
     llm = small._model.llm
     assert llm.get_num_unfinished_requests() == 0
     assert small._wait(llm.reset_prefix_cache())  # vLLM refuses while a block of the cache is in use
     done = small.submit(Request(opened[0], max_new=1))  # done and not heard of: it is taken back, too
-    while not answers.qsize():
-        time.sleep(0.01)
+    assert wait([small.ready], 60)
     small.cancel(done)
-    assert answers.empty() and opened[0].ids == prompts[0]
-    small.deliver_to(None)
+    assert not small.collect() and opened[0].ids == prompts[0]
 
 
 @needs_vllm
@@ -401,27 +397,36 @@ def test_a_server_is_asked_and_counted(folders):
     server.stop()
 
 
+def collect(model, n: int, seconds: float) -> list[Request]:
+    """What `model` has done, as soon as it is `n` requests."""
+    done = []
+    while len(done) < n:
+        assert wait([model.ready], seconds)
+        done += model.collect()
+    return done
+
+
 def test_a_server_that_breaks_off_is_waited_for(folders, capfd):
     port = free_port()
     server = StandIn(port)
     model = engine.load(ModelSpec(path=folders[0], engine="vllm", url=f"http://127.0.0.1:{port}"), 4)
-    answers, server.hold = SimpleQueue(), Event()
-    model.deliver_to(answers)
+    server.hold = Event()
     sequences = [model.open([5 + i]) for i in range(4)]
     under_way = [model.submit(Request(s, max_new=3)) for s in sequences]
     while len(server.asked) < 4:
         time.sleep(0.01)
     server.hold.set()
     server.stop()
-    failed = [answers.get(timeout=10) for _ in under_way]
+    failed = collect(model, 4, 10)
     assert {id(r) for r in failed} == {id(r) for r in under_way}
     for request in failed:
         assert f"The server at http://127.0.0.1:{port} broke off in the middle of a request" in str(request.error)
     later = [model.submit(Request(s, [1], max_new=2)) for s in sequences]
-    with pytest.raises(Empty):
-        answers.get(timeout=1)
+    time.sleep(1)
+    assert not model.collect()
     server = StandIn(port)
-    done = [answers.get(timeout=10) for _ in later]
+    done = collect(model, 4, 10)
+    assert {id(r) for r in done} == {id(r) for r in later}
     assert all(r.error is None and r.ids == [1, 2] for r in done)
     assert capfd.readouterr().out.count("does not answer; waiting for it") == 1
     model.shutdown()
@@ -491,8 +496,6 @@ def test_a_real_server_writes_the_same_and_may_die(folders, pair, prompts, tmp_p
             for prompt, request in zip(prompts, requests):
                 check_greedy(pair[1], prompt, request)
 
-            answers = SimpleQueue()
-            model.deliver_to(answers)
             ids = [list(s.ids) for s in sequences]
             cancelled = model.submit(Request(sequences[0], max_new=100))
             model.cancel(cancelled)
@@ -506,7 +509,7 @@ def test_a_real_server_writes_the_same_and_may_die(folders, pair, prompts, tmp_p
             time.sleep(1)
             server.kill()
             server = RealServer(folders[0], int(server.url.rsplit(":", 1)[1]), log)
-            ended = [answers.get(timeout=120) for _ in under_way]
+            ended = collect(model, len(under_way), 120)
             assert {id(r) for r in ended} == {id(r) for r in under_way}
             # Quick ones had ended before, and late ones were not asked yet: those are whole. All others failed.
             errors = [str(r.error) for r in ended if r.error]

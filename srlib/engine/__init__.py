@@ -13,10 +13,11 @@ What every engine has: `tokenizer`, `slots`, `context`, `eos`, `counters`, `runn
 `close`, `truncate`, `submit`, `cancel`, `score`, `entropies`.
 
 A *stepping* engine (`running` is False) works when `step` is called, which returns the requests
-that are done. A *running* one (a server, a process) works by itself and puts each done request
-into the queue given to `deliver_to`, so that one place can wait for several engines (None: no
-more). While a request is under way only the engine touches its sequence; `cancel` takes it back: it is not
-answered, and the sequence's ids are as they were before it.
+that are done. A *running* one (a server, a process) works by itself: `flush` sends on what was asked,
+`collect` gives the requests that are done, and `ready` is what `multiprocessing.connection.wait`
+waits for, so that one place can wait for several engines. While a request is under way only the
+engine touches its sequence; `cancel` takes it back: it is not answered, and the sequence's ids are
+as they were before it.
 
 `load` makes an engine from a model's name or folder.
 """
@@ -26,8 +27,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from queue import SimpleQueue
+from socket import socket
 from typing import NamedTuple
 
 from srlib import SrlibError
@@ -134,7 +136,7 @@ class Counters:
 
 
 class Running:
-    """What the engines that work by themselves share; each has a `_submit` of its own.
+    """What the engines that work by themselves share.
 
     Args:
         spec: the model.
@@ -142,11 +144,11 @@ class Running:
     """
 
     running = True
+    ready: Connection | socket  # can be read as long as `collect` has something to give
 
     def __init__(self, spec: ModelSpec, slots: int) -> None:
         self.spec, self.slots, self.counters = spec, slots, Counters()
         self._names, self._open = count(), 0
-        self._answers: SimpleQueue[Request] | None = None
 
     def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
         """Begin a sequence; nothing is computed yet.
@@ -159,13 +161,16 @@ class Running:
         self._open += 1
         return Sequence(next(self._names), list(ids), sampling)
 
-    def deliver_to(self, answers: SimpleQueue[Request] | None) -> None:
-        """Put what is submitted from now on into `answers` when it is done; None: nowhere."""
-        self._answers = answers
-
     def submit(self, request: Request) -> Request:
-        """Ask for work; it begins at once."""
-        return self._submit(request, self._answers)
+        """Ask for work; it begins at once, or with `flush`."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Send on what has been asked for."""
+
+    def collect(self) -> list[Request]:
+        """The requests that are done and were not given before; waits for none."""
+        raise NotImplementedError
 
     def run(self, *requests: Request) -> list[Request]:
         """Submit and wait until all of `requests` are done.
@@ -173,17 +178,15 @@ class Running:
         Raises:
             SrlibError: one of them failed.
         """
-        answers: SimpleQueue[Request] = SimpleQueue()
+        open_ = {self.submit(request) for request in requests}
+        self.flush()
+        while open_:
+            wait([self.ready])
+            open_.difference_update(self.collect())
         for request in requests:
-            self._submit(request, answers)
-        for error in [answers.get().error for _ in requests]:
-            if error:
-                raise error
+            if request.error:
+                raise request.error
         return list(requests)
-
-    def _submit(self, request: Request, answers: SimpleQueue[Request] | None) -> Request:
-        """Ask for work, and have the request put into `answers` when it is done."""
-        raise NotImplementedError
 
 
 def load(spec: ModelSpec | str | Path, slots: int = 64):

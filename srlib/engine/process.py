@@ -1,19 +1,23 @@
 """The engine on transformers in a process of its own, so that two models work at the same time.
 
 Two threads of one process take turns at Python, and a small model's forward pass is mostly Python;
-two processes do not wait for each other. What is asked goes over in messages, in order: whatever
-is ordered while the last message is under way makes the next one, and so do the answers.
+two processes do not wait for each other. What is ordered gathers until `flush` sends it as one
+message, and so do the answers. On this side there is no thread for it: one that reads or sends
+takes Python from a model at work here, at every message.
 """
 
 from __future__ import annotations
 
+import select
 import signal
 import subprocess
 import sys
 import weakref
-from multiprocessing.connection import Connection, Pipe
-from queue import Empty, SimpleQueue
-from threading import Lock, Thread
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, Pipe, wait
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import torch
@@ -40,19 +44,22 @@ class ProcessEngine(Running):
     def __init__(self, spec: ModelSpec, slots: int) -> None:
         check(spec)
         super().__init__(spec, slots)
-        self._lock = Lock()  # what has been answered is noted whole before it is taken back, or not at all
-        self._under_way: dict[int, tuple[Request, SimpleQueue[Request] | None]] = {}
-        self._results: SimpleQueue[Any] = SimpleQueue()  # of `score` and `entropies`
-        self._orders: SimpleQueue[Order | None] = SimpleQueue()
-        pipe, theirs = Pipe()
+        self._orders: list[Order] = []
+        self._under_way: dict[int, Request] = {}
+        self._done: list[Request] = []  # not collected yet
+        self._results: dict[int, Any] = {}  # of `score` and `entropies`
+        self._gone = ""
+        self.ready, theirs = Pipe()
+        self._answers = select.poll()  # `Connection.poll` makes one at every call
+        self._answers.register(self.ready, select.POLLIN)
         command = [sys.executable, "-m", "srlib.engine.process", str(theirs.fileno())]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         theirs.close()
         # Ends the process, once: when it is called, when the engine is garbage, or at exit.
-        self.shutdown = weakref.finalize(self, _stop, self._process, pipe, self._orders)
-        pipe.send((spec, slots, torch.get_num_threads()))
+        self.shutdown = weakref.finalize(self, _stop, self._process)
+        self.ready.send((spec, slots, torch.get_num_threads()))
         try:
-            self.context, self.eos = _result(pipe.recv())
+            self.context, self.eos = _result(self.ready.recv())
         except SrlibError:
             self.shutdown()
             raise
@@ -60,9 +67,6 @@ class ProcessEngine(Running):
             self.shutdown()
             raise SrlibError(f"The process of {spec.path} ended while it loaded; why stands above.") from None
         self.tokenizer = AutoTokenizer.from_pretrained(spec.adapter or spec.path)
-        self._gone = ""
-        Thread(target=_send, args=(self._orders, pipe), daemon=True).start()
-        Thread(target=_receive, args=(weakref.ref(self), pipe), daemon=True).start()
 
     def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
         """Begin a sequence; nothing is computed yet.
@@ -71,31 +75,82 @@ class ProcessEngine(Running):
             RuntimeError: all slots are taken.
         """
         sequence = super().open(ids, sampling)
-        self._orders.put(("open", sequence.slot, list(ids), tuple(sampling)))
+        self._orders.append(("open", sequence.slot, list(ids), sampling))
         return sequence
 
     def close(self, sequence: Sequence) -> None:
         """Give the slot back; what was asked for the sequence is forgotten."""
-        with self._lock:
-            for name, (request, _) in list(self._under_way.items()):
-                if request.sequence is sequence:
-                    del self._under_way[name]
-        self._orders.put(("close", sequence.slot))
+        self._forget(lambda request: request.sequence is sequence)
+        self._orders.append(("close", sequence.slot))
         self._open -= 1
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Take back all but the first `length` ids of a sequence."""
         del sequence.ids[length:]
-        self._orders.put(("truncate", sequence.slot, length))
+        self._orders.append(("truncate", sequence.slot, length))
+
+    def submit(self, request: Request) -> Request:
+        """Ask for work; it begins with `flush`."""
+        request.start = len(request.sequence.ids)
+        request.sequence.ids += request.feed
+        name = next(self._names)
+        self._under_way[name] = request
+        asked = (request.feed, request.max_new, request.stops, request.stop_texts, request.recent)
+        asked = (*asked, request.max_entropy, request.ask, request.watch)
+        self._orders.append(("submit", name, request.sequence.slot, asked))
+        return request
 
     def cancel(self, request: Request) -> None:
         """Take a request back: it is not answered, and the sequence's ids are as they were before it."""
-        with self._lock:
-            for name, (other, _) in list(self._under_way.items()):
-                if other is request:
-                    del self._under_way[name]
-                    self._orders.put(("cancel", name))
+        for name in self._forget(lambda other: other is request):
+            self._orders.append(("cancel", name))
         self.truncate(request.sequence, request.start)
+
+    def _forget(self, chosen: Callable[[Request], bool]) -> list[int]:
+        """Names of the requests under way that are `chosen`; they are not answered any more."""
+        names = [name for name, request in self._under_way.items() if chosen(request)]
+        for name in names:
+            del self._under_way[name]
+        self._done = [request for request in self._done if not chosen(request)]
+        return names
+
+    def flush(self) -> None:
+        """Send what has been ordered."""
+        if not self._orders:
+            return
+        orders, self._orders = self._orders, []
+        with self._whole_messages():
+            self.ready.send(orders)
+
+    def collect(self) -> list[Request]:
+        """The requests that are done and were not given before; waits for none."""
+        with self._whole_messages():
+            while not self._gone and self._answers.poll(0):
+                kind, *content = self.ready.recv()
+                if kind == "done":
+                    self._take(*content)
+                else:
+                    self._results.update([content])
+        if self._gone:
+            for request in self._under_way.values():
+                request.error = SrlibError(self._gone)
+                self._done.append(request)
+            self._under_way.clear()
+        done, self._done = self._done, []
+        return done
+
+    @contextmanager
+    def _whole_messages(self) -> Iterator[None]:
+        """What is said between the processes is said whole; if not, this is the end of the other one."""
+        try:
+            yield
+        except (EOFError, OSError):
+            if not self._gone:
+                self._gone = f"The process of {self.spec.path} has ended (code {self._process.wait()}); load it again."
+        except BaseException:
+            self.shutdown()
+            self._gone = f"The process of {self.spec.path} was interrupted in the middle of a message; load it again."
+            raise
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """As `TransformersEngine.score`.
@@ -114,51 +169,28 @@ class ProcessEngine(Running):
         return self._call("entropies", sequences)
 
     def _call(self, method: str, *args: Any) -> Any:
+        name = next(self._names)
+        self._orders.append(("call", name, method, args))
+        self.flush()
+        while name not in self._results and not self._gone:
+            wait([self.ready])
+            self._done = self.collect()
         if self._gone:
             raise SrlibError(self._gone)
-        self._orders.put((method, *args))
-        return _result(self._results.get())
-
-    def _submit(self, request: Request, answers: SimpleQueue[Request] | None) -> Request:
-        request.start = len(request.sequence.ids)
-        request.sequence.ids += request.feed
-        name = next(self._names)
-        with self._lock:
-            self._under_way[name] = request, answers
-            if self._gone:
-                self._answer(name, self._gone)
-                return request
-        asked = (request.feed, request.max_new, request.stops, request.stop_texts, request.recent)
-        asked = (*asked, request.max_entropy, request.ask, request.watch)
-        self._orders.put(("submit", name, request.sequence.slot, asked))
-        return request
+        return _result(self._results.pop(name))
 
     def _take(self, answers: list[tuple[Any, ...]], counters: dict[str, Any]) -> None:
         """What the process has done."""
         self.counters = Counters(**counters)
-        with self._lock:
-            for name, forwarded, error, written in answers:
-                if name not in self._under_way:
-                    continue  # taken back meanwhile
-                request = self._under_way[name][0]
-                request.sequence.forwarded = forwarded
-                request.ids, request.logprobs, request.own, request.watched, request.stopped, request.unsure = written
-                request.sequence.ids += request.ids
-                self._answer(name, error)
-
-    def _fail(self, reason: str) -> None:
-        """The process is gone: whoever waits for it is told."""
-        with self._lock:
-            self._gone = reason
-            for name in list(self._under_way):
-                self._answer(name, reason)
-        self._results.put(SrlibError(reason))
-
-    def _answer(self, name: int, error: str | None) -> None:
-        request, queue = self._under_way.pop(name)
-        request.error = SrlibError(error) if error else None
-        if queue is not None:
-            queue.put(request)
+        for name, forwarded, error, written in answers:
+            request = self._under_way.pop(name, None)
+            if request is None:
+                continue  # taken back meanwhile
+            request.sequence.forwarded = forwarded
+            request.ids, request.logprobs, request.own, request.watched, request.stopped, request.unsure = written
+            request.sequence.ids += request.ids
+            request.error = SrlibError(error) if error else None
+            self._done.append(request)
 
 
 def _result(answer: Any) -> Any:
@@ -167,48 +199,18 @@ def _result(answer: Any) -> Any:
     return answer
 
 
-def _send(orders: SimpleQueue[Order | None], pipe: Connection) -> None:
-    """Send what is ordered; what has gathered meanwhile goes in one message. None ends it."""
-    while True:
-        message = [orders.get()]
-        try:
-            while True:
-                message.append(orders.get_nowait())
-        except Empty:
-            pass
-        if None in message:
-            return
-        try:
-            pipe.send(message)
-        except OSError:  # the process is gone: `_receive` has seen it, too
-            return
-
-
-def _receive(engine: weakref.ref[ProcessEngine], pipe: Connection) -> None:
-    """Hand on what the process answers, until there is no process or no engine any more."""
-    while True:
-        try:
-            kind, *content = pipe.recv()
-        except (EOFError, OSError):
-            kind, content = "gone", []
-        model = engine()
-        if model is None:
-            return
-        if kind == "gone":
-            model._fail(f"The process of {model.spec.path} has ended (code {model._process.wait()}); load it again.")
-            return
-        if kind == "done":
-            model._take(*content)
-        else:
-            model._results.put(*content)
-        del model
-
-
-def _stop(process: subprocess.Popen, pipe: Connection, orders: SimpleQueue[Order | None]) -> None:
-    orders.put(None)
+def _stop(process: subprocess.Popen) -> None:
     process.terminate()
     process.wait()
-    pipe.close()
+
+
+def _read(pipe: Connection, orders: SimpleQueue[list[Order] | None]) -> None:
+    """Read what is ordered while the model works, so that who orders never waits; None: nobody orders any more."""
+    try:
+        while True:
+            orders.put(pipe.recv())
+    except (EOFError, OSError):
+        orders.put(None)
 
 
 def serve(pipe: Connection) -> None:
@@ -225,12 +227,17 @@ def serve(pipe: Connection) -> None:
     pipe.send((engine.context, engine.eos))
     sequences: dict[int, Sequence] = {}
     names: dict[Request, int] = {}  # of the requests under way
+    orders: SimpleQueue[list[Order] | None] = SimpleQueue()
+    Thread(target=_read, args=(pipe, orders), daemon=True).start()
     while True:
-        while pipe.poll(0 if engine.pending else None):
-            for method, *args in pipe.recv():
+        while not (engine.pending and orders.empty()):
+            message = orders.get()
+            if message is None:
+                return
+            for method, *args in message:
                 if method == "open":
                     name, ids, sampling = args
-                    sequences[name] = engine.open(ids, Sampling(*sampling))
+                    sequences[name] = engine.open(ids, sampling)
                 elif method == "submit":
                     name, sequence, asked = args
                     names[engine.submit(Request(sequences[sequence], *asked))] = name
@@ -245,7 +252,8 @@ def serve(pipe: Connection) -> None:
                         engine.cancel(request)
                         del names[request]
                 else:
-                    pipe.send(("result", _guarded(getattr(engine, method), *args)))
+                    name, method, args = args
+                    pipe.send(("result", name, _guarded(getattr(engine, method), *args)))
         done = _guarded(engine.step)
         if isinstance(done, SrlibError):  # such as a device out of memory: the traces end, and say why
             error, done = done, engine.pending

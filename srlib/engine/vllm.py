@@ -32,11 +32,12 @@ import tempfile
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
+from socket import socketpair
 from threading import Thread, current_thread
 from typing import Any, NamedTuple
 
@@ -73,6 +74,10 @@ class VllmEngine(Running):
         super().__init__(spec, slots)
         self.tokenizer, self.eos = _texts(spec)
         self._entropic = False  # whether `max_entropy` has been used
+        self._answers: SimpleQueue[Request] = SimpleQueue()  # not collected yet
+        self.ready, self._bell = socketpair()
+        self.ready.setblocking(False)
+        self._bell.setblocking(False)
         self._under_way: dict[Request, asyncio.Task] = {}  # only the loop's thread touches it
         self._since = 0.0  # when the first of them began
         self._loop = asyncio.new_event_loop()
@@ -102,15 +107,9 @@ class VllmEngine(Running):
     def cancel(self, request: Request) -> None:
         """Take a request back: it is not answered, and the sequence's ids are as they were before it."""
         self._wait(self._end(lambda other: other is request))
-        answered = []
-        while self._answers is not None:  # it may be there already
-            try:
-                answered.append(self._answers.get_nowait())
-            except Empty:
-                break
-        for other in answered:
+        for other in self.collect():  # it may be there already
             if other is not request:
-                self._answers.put(other)
+                self._give(other)
         self.truncate(request.sequence, request.start)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
@@ -145,24 +144,40 @@ class VllmEngine(Running):
     def _wait(self, work: Coroutine) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def _submit(self, request: Request, answers: SimpleQueue[Request] | None) -> Request:
+    def submit(self, request: Request) -> Request:
+        """Ask for work; it begins at once."""
         request.start = len(request.sequence.ids)
         request.sequence.ids += request.feed
-        self._loop.call_soon_threadsafe(self._begin, request, list(request.sequence.ids), answers)
+        self._loop.call_soon_threadsafe(self._begin, request, list(request.sequence.ids))
         return request
 
-    def _begin(self, request: Request, ids: list[int], answers: SimpleQueue[Request] | None) -> None:
+    def collect(self) -> list[Request]:
+        """The requests that are done and were not given before; waits for none."""
+        with suppress(BlockingIOError):
+            self.ready.recv(4096)
+        done = []
+        while not self._answers.empty():
+            done.append(self._answers.get())
+        return done
+
+    def _give(self, request: Request) -> None:
+        """Lay a request that is done ready for `collect`."""
+        self._answers.put(request)
+        with suppress(BlockingIOError):  # full of bells nobody has heard yet
+            self._bell.send(b"!")
+
+    def _begin(self, request: Request, ids: list[int]) -> None:
         if not self._under_way:
             self._since = time.perf_counter()
         self._under_way[request] = self._loop.create_task(self._serve(request, ids))
-        self._under_way[request].add_done_callback(partial(self._done, request, answers))
+        self._under_way[request].add_done_callback(partial(self._end_of, request))
 
-    def _done(self, request: Request, answers: SimpleQueue[Request] | None, task: asyncio.Task) -> None:
+    def _end_of(self, request: Request, task: asyncio.Task) -> None:
         del self._under_way[request]
         if not self._under_way:
             self.counters.seconds += time.perf_counter() - self._since
-        if answers is not None and not task.cancelled():
-            answers.put(request)
+        if not task.cancelled():
+            self._give(request)
 
     async def _end(self, chosen: Callable[[Request], bool]) -> None:
         """Cancel the requests under way that are `chosen`."""
