@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,20 @@ def run(p: Params) -> dict[str, Any]:
     """
     most = max(p.bench.batch_sizes)
     tuned = p.tuned if p.tuned.adapter is None or Path(p.tuned.adapter).exists() else p.small
-    small, big = engine.load(tuned, most), engine.load(p.big, most)
+    apart = p.big.process or (p.bench.big_process and p.big.engine == "transformers")
+    small, big = engine.load(tuned, most), engine.load(p.big.model_copy(update={"process": apart}), most)
     mixed = (Learned(), Random(p.bench.random_share, p.bench.random_chunk), Speculative(p.bench.draft_tokens))
-    policies: list[tuple[Policy, Any, Any]] = [
-        (Never("small"), small, None),
-        (Always("big"), None, big),
-        *((policy, small, big) for policy in mixed if policy.name in p.bench.policies),
+    mixed = [policy for policy in mixed if policy.name in p.bench.policies]
+    plain = p.offload.settings
+    policies: list[tuple[Policy, Any, Any, dict[str, Any]]] = [
+        (Never("small"), small, None, plain),
+        (Always("big"), None, big, plain),
+        *((policy, small, big, plain) for policy in mixed),
     ]
+    if p.bench.pipelined is not None:
+        settings = plain | p.bench.pipelined.model_dump()
+        again = [replace(policy, name=f"{policy.name}, pipelined") for policy in mixed if policy.name != "speculative"]
+        policies += [(policy, small, big, settings) for policy in again]
     n = most * p.bench.traces_per_slot
     tasks = problems.load(p.test)
     prompts = [tasks[i % len(tasks)].prompt for i in range(n)]
@@ -64,8 +72,8 @@ def run(p: Params) -> dict[str, Any]:
             side: latency.calibrate(e, batch, repeats=p.bench.repeats).prefill
             for side, e in (("small", small), ("big", big))
         }
-        settings = p.offload.settings | {"max_tokens": p.bench.max_tokens, "batch_size": batch}
-        writers = [Offloader(one, other, policy, **settings, seed=p.seed) for policy, one, other in policies]
+        sizes = {"max_tokens": p.bench.max_tokens, "batch_size": batch}
+        writers = [Offloader(*pair, policy, **(how | sizes), seed=p.seed) for policy, *pair, how in policies]
         rounds = []
         for _ in range(p.bench.repeats + 1):
             measured = {}

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from srlib import SrlibError, spans
 from srlib.engine import STOP_TAIL, Request, Sampling
 from srlib.policies import Policy, Speculative
-from srlib.problems import encode_prompts
+from srlib.problems import encode_for_each
 from srlib.spans import Tags
 from srlib.translate import Bridge
 
@@ -406,7 +406,7 @@ class Writer:
         fresh = self.trace.ids[max(start, self._shown) : len(self.trace.ids) - but]
         self._shown = max(start, self._shown) + len(fresh)
         if not self.o.plain_tags:
-            fresh = spans.strip(fresh, self.trace.tags)
+            fresh = [token for token in fresh if (token,) not in self.o.tag_ids]
         self.big.unread += self.to_big.feed(fresh, last)
 
     def _drop(self, tokens: int) -> None:
@@ -617,7 +617,7 @@ class Offloader:
         texts = [prompt + self.hint for prompt in prompts if isinstance(prompt, str)]
         if len(texts) < len(prompts) and not self.bridge.same:
             raise SrlibError("A prompt given as ids needs one vocabulary; give the text to models of two.")
-        sides = [iter(encode_prompts(engine.tokenizer, texts)) for engine in self.engines]
+        sides = list(map(iter, encode_for_each([engine.tokenizer for engine in self.engines], texts)))
         encoded = []
         for prompt in prompts:
             ids = [next(side) for side in sides] if isinstance(prompt, str) else [list(prompt)]

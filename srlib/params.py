@@ -306,19 +306,24 @@ class Grpo(Section):
         return self
 
 
-class Offload(Section):
+class Pipelining(Section):
+    """How far the two models of a pair work at the same time."""
+
+    control_chunk: int = Field(1, ge=1, description="big tokens between two looks of the small model")
+    stream_chunk: int = Field(
+        0, ge=0, description="the big model reads along every so many small tokens; 0: when asked"
+    )
+    overlap: bool = Field(False, description="the big model writes on while the small one looks at its last chunk")
+
+
+class Offload(Pipelining):
     max_tokens: int = Field(96, ge=1, description="most tokens of one trace, tags included")
     span_budget: int = Field(8, ge=1, description="most tokens the big model writes in one span")
-    control_chunk: int = Field(1, ge=1, description="big tokens between two looks of the small model")
     batch_size: int = Field(64, ge=1, description="traces written at the same time")
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: all tokens")
     hint: str = Field("", description="put behind every problem that is written; for a model trained with one")
-    stream_chunk: int = Field(
-        0, ge=0, description="the big model reads along every so many small tokens; 0: when asked"
-    )
-    overlap: bool = Field(False, description="the big model writes on while the small one looks at its last chunk")
     n_demo: int = Field(64, ge=1, description="problems in the batch of notebook 04")
 
     @property
@@ -371,6 +376,10 @@ class Bench(Section):
     random_share: float = Field(0.05, gt=0, lt=1)
     random_chunk: int = Field(16, ge=1)
     draft_tokens: int = Field(4, ge=1, description="tokens the small model drafts in speculative decoding")
+    big_process: bool = Field(False, description="transformers: the big model in a process of its own")
+    pipelined: Pipelining | None = Field(
+        None, description="learned and random are measured a second time with these settings of offload"
+    )
 
 
 class Base(Section):

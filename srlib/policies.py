@@ -49,13 +49,13 @@ class Learned:
     without: int | None = None
 
     def write(self, writer: Writer) -> Steps:
-        rng, request = random.Random(writer.seed), -1
+        rng, request = random.Random(writer.seed) if self.reject else None, -1
         while not writer.done:
             tag = yield from writer.small_writes(writer.left, tags=True)
             if tag != spans.OPEN or writer.done:
                 continue
             request += 1
-            if rng.random() < self.reject or request == self.without:
+            if (rng and rng.random() < self.reject) or request == self.without:
                 continue
             budget = self._allowed(writer)
             if budget is None or budget >= 1:

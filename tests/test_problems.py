@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from srlib import SrlibError, problems
+from srlib import SrlibError, arith, problems
 from srlib.annotate import Annotated
 from srlib.params import Source
 from srlib.problems import Problem
@@ -60,6 +60,23 @@ def test_annotated_spans_are_checked(tmp_path):
 
 def test_prompts_go_through_the_chat_template(tokenizer):
     assert problems.encode_prompt(tokenizer, "1+2?") == tokenizer.encode("1+2?")
+
+
+def test_each_tokenizer_has_its_own_template_and_tokens(tokenizer):
+    texts = ["1+2?", "<bigmodel>3*4?"]
+    plain, polite, other_end = arith.tokenizer(), arith.tokenizer(), arith.tokenizer()
+    polite.chat_template = "{{ messages[0]['content'] }}={{ eos_token }}"
+    other_end.chat_template, other_end.eos_token = polite.chat_template, "?"
+    bare = arith.tokenizer()
+    bare.chat_template = None
+    tokenizers = [tokenizer, plain, polite, other_end, bare]
+    encoded = problems.encode_for_each(tokenizers, texts)
+    for each, ids in zip(tokenizers[:-1], encoded):
+        messages = [[{"role": "user", "content": text}] for text in texts]
+        assert ids == each.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert encoded[-1] == bare(texts)["input_ids"]
+    assert len({str(ids) for ids in encoded[:-1]}) == 4
+    assert problems.encode_for_each(tokenizers, []) == [[]] * 5
 
 
 def test_columns_of_other_names(tmp_path):
