@@ -283,24 +283,41 @@ class TransformersEngine:
         ).last_hidden_state  # (1, N, E)
         logits = self.model.get_output_embeddings()(hidden[0, wanted]).float()  # (W, V)
         at = 0
+        asked: list[tuple[Request, int]] = []  # each with the place of its first row of logits
         for s in sequences:
             request = asking.get(id(s))
-            here = logits[at : at + (request.ask if request else 1)]
-            at += len(here)
+            if request:
+                asked.append((request, at))
+            at += request.ask if request else 1
             new = len(s.ids) - s.processed
             self.counters.prefilled_tokens += new if new > 1 else 0
             self.counters.reread_tokens += max(0, min(s.longest, len(s.ids)) - s.processed)
             s.forwarded += new
-            s.processed, s.logits = len(s.ids), here[-1]
+            s.processed, s.logits = len(s.ids), logits[at - 1]
             s.longest = max(s.longest, s.processed)
-            if request:
-                first = len(s.ids) - len(here) + 1
-                request.own, _ = draw(here, [(s.sampling, first + i) for i in range(len(here))])
-                if request.watch is not None:
-                    scaled = here / (s.sampling.temperature or 1.0)
-                    request.watched = scaled.log_softmax(-1)[:, request.watch].tolist()
+        self._answer(asked, logits)
         self.counters.forward_tokens += len(ids)
         self.counters.calls += 1
+
+    def _answer(self, asked: list[tuple[Request, int]], logits: torch.Tensor) -> None:
+        """`own` and `watched` of requests, each given with its first row of logits (W, V)."""
+        rows, at, watch = [], [], []
+        for request, first in asked:
+            rows += range(first, first + request.ask)
+            end = len(request.sequence.ids)
+            at += [(request.sequence.sampling, i) for i in range(end - request.ask + 1, end + 1)]
+            watch += [request.watch or 0] * request.ask
+        own, watched = [], []
+        for i in range(0, len(rows), SCORE_POSITIONS):
+            part = slice(i, i + SCORE_POSITIONS)
+            chosen, logprobs = draw(logits[rows[part]], at[part])
+            own += chosen
+            watched += logprobs[range(len(chosen)), watch[part]].tolist()
+        for request, _ in asked:
+            request.own, own = own[: request.ask], own[request.ask :]
+            if request.watch is not None:
+                request.watched = watched[: request.ask]
+            watched = watched[request.ask :]
 
     def _alike(self, members: list[tuple[Sequence, int]]) -> list[list[tuple[Sequence, int]]]:
         """Parts of `members` of about as many new tokens: a wider one takes a narrower one in if that costs little."""
