@@ -8,6 +8,7 @@ takes Python from a model at work here, at every message.
 
 from __future__ import annotations
 
+import pickle
 import select
 import signal
 import subprocess
@@ -49,17 +50,20 @@ class ProcessEngine(Running):
         self._done: list[Request] = []  # not collected yet
         self._results: dict[int, Any] = {}  # of `score` and `entropies`
         self._gone = ""
-        self.ready, theirs = Pipe()
+        # Two pipes of one direction: to read from a socket wakes the other side as well.
+        (self.ready, answers), (orders, self._pipe) = Pipe(duplex=False), Pipe(duplex=False)
         self._answers = select.poll()  # `Connection.poll` makes one at every call
         self._answers.register(self.ready, select.POLLIN)
-        command = [sys.executable, "-m", "srlib.engine.process", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-        theirs.close()
+        theirs = [orders.fileno(), answers.fileno()]
+        command = [sys.executable, "-m", "srlib.engine.process", *map(str, theirs)]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=theirs)
+        orders.close()
+        answers.close()
         # Ends the process, once: when it is called, when the engine is garbage, or at exit.
         self.shutdown = weakref.finalize(self, _stop, self._process)
-        self.ready.send((spec, slots, torch.get_num_threads()))
+        _send(self._pipe, (spec, slots, torch.get_num_threads()))
         try:
-            self.context, self.eos = _result(self.ready.recv())
+            self.context, self.eos = _result(_receive(self.ready))
         except SrlibError:
             self.shutdown()
             raise
@@ -120,13 +124,13 @@ class ProcessEngine(Running):
             return
         orders, self._orders = self._orders, []
         with self._whole_messages():
-            self.ready.send(orders)
+            _send(self._pipe, orders)
 
     def collect(self) -> list[Request]:
         """The requests that are done and were not given before; waits for none."""
         with self._whole_messages():
             while not self._gone and self._answers.poll(0):
-                kind, *content = self.ready.recv()
+                kind, *content = _receive(self.ready)
                 if kind == "done":
                     self._take(*content)
                 else:
@@ -204,27 +208,35 @@ def _stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def _send(pipe: Connection, message: Any) -> None:
+    pipe.send_bytes(pickle.dumps(message))  # `Connection.send` makes a pickler of its own at every call
+
+
+def _receive(pipe: Connection) -> Any:
+    return pickle.loads(pipe.recv_bytes())
+
+
 def _read(pipe: Connection, orders: SimpleQueue[list[Order] | None]) -> None:
     """Read what is ordered while the model works, so that who orders never waits; None: nobody orders any more."""
     try:
         while True:
-            orders.put(pipe.recv())
+            orders.put(_receive(pipe))
     except (EOFError, OSError):
         orders.put(None)
 
 
-def serve(pipe: Connection) -> None:
+def serve(pipe: Connection, answers: Connection) -> None:
     """The other side: load the model and do what is ordered, until the pipe is closed."""
     from srlib.engine import transformers
 
-    spec, slots, threads = pipe.recv()
+    spec, slots, threads = _receive(pipe)
     torch.set_num_threads(threads)
     try:
         engine = transformers.load(spec, slots)
     except SrlibError as error:
-        pipe.send(error)
+        _send(answers, error)
         return
-    pipe.send((engine.context, engine.eos))
+    _send(answers, (engine.context, engine.eos))
     sequences: dict[int, Sequence] = {}
     names: dict[Request, int] = {}  # of the requests under way
     orders: SimpleQueue[list[Order] | None] = SimpleQueue()
@@ -253,20 +265,20 @@ def serve(pipe: Connection) -> None:
                         del names[request]
                 else:
                     name, method, args = args
-                    pipe.send(("result", name, _guarded(getattr(engine, method), *args)))
+                    _send(answers, ("result", name, _guarded(getattr(engine, method), *args)))
         done = _guarded(engine.step)
         if isinstance(done, SrlibError):  # such as a device out of memory: the traces end, and say why
             error, done = done, engine.pending
             engine.pending = []
             for request in done:
                 request.error = error
-        answers = []
+        told = []
         for request in done:
             written = (request.ids, request.logprobs, request.own, request.watched, request.stopped, request.unsure)
             error = request.error and str(request.error)
-            answers.append((names.pop(request), request.sequence.forwarded, error, written))
-        if answers:
-            pipe.send(("done", answers, vars(engine.counters)))
+            told.append((names.pop(request), request.sequence.forwarded, error, written))
+        if told:
+            _send(answers, ("done", told, vars(engine.counters)))
 
 
 def _guarded(work, *args: Any) -> Any:
@@ -280,6 +292,7 @@ def _guarded(work, *args: Any) -> Any:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for who asks
     try:
-        serve(Connection(int(sys.argv[1])))
+        orders, answers = map(int, sys.argv[1:])
+        serve(Connection(orders, writable=False), Connection(answers, readable=False))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # nobody asks any more
