@@ -1,5 +1,7 @@
 """An engine in a process of its own does what it does here, and its end is told."""
 
+from multiprocessing.connection import wait
+
 import pytest
 
 from srlib import SrlibError, engine
@@ -79,6 +81,23 @@ def test_a_cancelled_request_is_not_answered(apart, prompts):
     assert again.ids == other.ids and not request.ids and not model._under_way
     model.close(s)
     model.close(other.sequence)
+
+
+def test_two_full_pipes_do_not_wait_for_each_other(apart, prompts):
+    model = apart[0]
+    sequences = [model.open(prompts[0], Sampling(1.0, seed=i)) for i in range(60)]
+    requests = [model.submit(Request(s, max_new=200)) for s in sequences]
+    model.flush()
+    assert wait([model.ready], 60)  # more than a pipe holds is on its way here
+    for _ in range(20_000):  # as much goes there
+        model.truncate(sequences[0], 10**6)
+    model.flush()
+    while any(not r.ids for r in requests):
+        assert wait([model.ready], 60)
+        model.collect()
+    assert all(len(r.ids) == 200 for r in requests)
+    for s in sequences:
+        model.close(s)
 
 
 def test_a_killed_process_ends_its_traces_with_one_error(engines, folders, prompts):

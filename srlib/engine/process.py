@@ -2,8 +2,8 @@
 
 Two threads of one process take turns at Python, and a small model's forward pass is mostly Python;
 two processes do not wait for each other. What is ordered gathers until `flush` sends it as one
-message, and so do the answers. On this side there is no thread for it: one that reads or sends
-takes Python from a model at work here, at every message.
+message, and so do the answers. No thread reads or sends beside a model at work: it would take
+Python from it at every message.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe, wait
-from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
@@ -28,6 +28,7 @@ from srlib import SrlibError
 from srlib.engine import GREEDY, Counters, Request, Running, Sampling, Sequence, check
 from srlib.params import ModelSpec
 
+SHORT = select.PIPE_BUF - 4  # bytes of a message that goes over at once, with its length before it
 Order = tuple[Any, ...]  # a method, and what it is called with; names stand for sequences and requests
 
 
@@ -216,43 +217,63 @@ def _receive(pipe: Connection) -> Any:
     return pickle.loads(pipe.recv_bytes())
 
 
-def _read(pipe: Connection, orders: SimpleQueue[list[Order] | None]) -> None:
-    """Read what is ordered while the model works, so that who orders never waits; None: nobody orders any more."""
-    try:
-        while True:
-            orders.put(_receive(pipe))
-    except (EOFError, OSError):
-        orders.put(None)
+class _Asked:
+    """The pipes as the process sees them; it reads while it sends, so that the two sides never wait for each other."""
+
+    def __init__(self, orders: Connection, answers: Connection) -> None:
+        self._orders, self._answers = orders, answers
+        self._early: deque[Any] = deque()  # read while an answer was sent
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(orders, select.POLLIN)
+        self._writable.register(answers, select.POLLOUT)
+
+    def next(self, wait_for_it: bool) -> Any:
+        """The next message; None if there is none and it is not to be waited for."""
+        if self._early:
+            return self._early.popleft()
+        return _receive(self._orders) if self._readable.poll(None if wait_for_it else 0) else None
+
+    def answer(self, message: Any) -> None:
+        data = pickle.dumps(message)
+        if len(data) <= SHORT and self._writable.poll(0):  # there is room for it
+            self._answers.send_bytes(data)
+            return
+        sender = Thread(target=self._answers.send_bytes, args=(data,), daemon=True)
+        sender.start()
+        while sender.is_alive():
+            if self._readable.poll(0):
+                self._early.append(_receive(self._orders))
+            sender.join(0.001)
 
 
-def serve(pipe: Connection, answers: Connection) -> None:
-    """The other side: load the model and do what is ordered, until the pipe is closed."""
+def serve(orders: Connection, answers: Connection) -> None:
+    """The other side: load the model and do what is ordered, until nobody orders any more.
+
+    Raises:
+        EOFError: that is so.
+    """
     from srlib.engine import transformers
 
-    spec, slots, threads = _receive(pipe)
+    asked = _Asked(orders, answers)
+    spec, slots, threads = asked.next(wait_for_it=True)
     torch.set_num_threads(threads)
     try:
         engine = transformers.load(spec, slots)
     except SrlibError as error:
-        _send(answers, error)
+        asked.answer(error)
         return
-    _send(answers, (engine.context, engine.eos))
+    asked.answer((engine.context, engine.eos))
     sequences: dict[int, Sequence] = {}
     names: dict[Request, int] = {}  # of the requests under way
-    orders: SimpleQueue[list[Order] | None] = SimpleQueue()
-    Thread(target=_read, args=(pipe, orders), daemon=True).start()
     while True:
-        while not (engine.pending and orders.empty()):
-            message = orders.get()
-            if message is None:
-                return
+        while (message := asked.next(wait_for_it=not engine.pending)) is not None:
             for method, *args in message:
                 if method == "open":
                     name, ids, sampling = args
                     sequences[name] = engine.open(ids, sampling)
                 elif method == "submit":
-                    name, sequence, asked = args
-                    names[engine.submit(Request(sequences[sequence], *asked))] = name
+                    name, sequence, wanted = args
+                    names[engine.submit(Request(sequences[sequence], *wanted))] = name
                 elif method == "truncate":
                     engine.truncate(sequences[args[0]], args[1])
                 elif method == "close":
@@ -265,7 +286,7 @@ def serve(pipe: Connection, answers: Connection) -> None:
                         del names[request]
                 else:
                     name, method, args = args
-                    _send(answers, ("result", name, _guarded(getattr(engine, method), *args)))
+                    asked.answer(("result", name, _guarded(getattr(engine, method), *args)))
         done = _guarded(engine.step)
         if isinstance(done, SrlibError):  # such as a device out of memory: the traces end, and say why
             error, done = done, engine.pending
@@ -278,7 +299,7 @@ def serve(pipe: Connection, answers: Connection) -> None:
             error = request.error and str(request.error)
             told.append((names.pop(request), request.sequence.forwarded, error, written))
         if told:
-            _send(answers, ("done", told, vars(engine.counters)))
+            asked.answer(("done", told, vars(engine.counters)))
 
 
 def _guarded(work, *args: Any) -> Any:
