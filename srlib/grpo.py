@@ -25,7 +25,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -112,9 +112,15 @@ def train(
         rollouts.vllm = _Synchronised(trainer, rollout_small, rollouts.offload.batch_size, folder / "rollouts")
         trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, rollouts.vllm, -1
     trainer.remove_callback(PrinterCallback)
-    checkpoint = get_last_checkpoint(folder / "trainer") if (folder / "trainer").is_dir() else None
+    found = {int(each.name.rpartition("-")[2]): each for each in (folder / "trainer").glob("checkpoint-*")}
+    whole = [step for step, each in found.items() if (each / TRAINER_STATE_NAME).is_file()]  # written last
+    step = max(whole, default=0)
+    checkpoint = str(found[step]) if step else None
+    trainer.accelerator.wait_for_everyone()  # until all have looked
     if trainer.accelerator.is_main_process:
-        rollouts.forget_from(int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
+        rollouts.forget_from(step)
+        for broken in found.keys() - set(whole):
+            shutil.rmtree(found[broken])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # at every checkpoint
         try:
