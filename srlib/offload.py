@@ -484,6 +484,8 @@ class Offloader:
             self.big_sampling = self.sampling._replace(temperature=big_temperature)
         self.small, self.big = small, big
         self.engines = [engine for engine in (small, big) if engine is not None]
+        self.running = [engine for engine in self.engines if engine.running]
+        self.stepping = [engine for engine in self.engines if not engine.running]
         self.batch_size = min(batch_size, *(engine.slots for engine in self.engines))
         self.tokenizer = self.engines[0].tokenizer
         self.tags = Tags.of(self.tokenizer)
@@ -502,7 +504,7 @@ class Offloader:
     @property
     def concurrent(self) -> bool:
         """Whether its engines can work at the same time."""
-        return any(engine.running for engine in self.engines)
+        return bool(self.running)
 
     def clock(self) -> float:
         """Seconds since the run started."""
@@ -593,18 +595,16 @@ class Offloader:
 
     def _answers(self) -> list[Request]:
         """Requests that have been done: by a step of an engine, by those that run, or by both."""
-        running = [engine for engine in self.engines if engine.running]
-        stepping = [engine for engine in self.engines if not engine.running]
-        for engine in running:
+        for engine in self.running:
             engine.flush()
         # An engine that has gathered its part of what waits goes first, the one with less before the other.
-        total = sum(len(engine.pending) for engine in stepping)
-        ready = [engine for engine in stepping if engine.pending and len(engine.pending) >= GATHER * total]
+        total = sum(len(engine.pending) for engine in self.stepping)
+        ready = [engine for engine in self.stepping if engine.pending and len(engine.pending) >= GATHER * total]
         next_ = min(ready, key=lambda engine: len(engine.pending), default=None)
         done = next_.step() if next_ is not None else []
-        if running and not done and not total:
-            wait([engine.ready for engine in running])
-        for engine in running:
+        if self.running and not done and not total:
+            wait([engine.ready for engine in self.running])
+        for engine in self.running:
             done += engine.collect()
         return done
 
