@@ -46,8 +46,7 @@ def run(p: Params) -> dict[str, Any]:
     """
     most = max(p.bench.batch_sizes)
     tuned = p.tuned if p.tuned.adapter is None or Path(p.tuned.adapter).exists() else p.small
-    apart = p.big.process or (p.bench.big_process and p.big.engine == "transformers")
-    small, big = engine.load(tuned, most), engine.load(p.big.model_copy(update={"process": apart}), most)
+    small, big = engine.load(tuned, most), engine.load(p.big, most)
     mixed = (Learned(), Random(p.bench.random_share, p.bench.random_chunk), Speculative(p.bench.draft_tokens))
     mixed = [policy for policy in mixed if policy.name in p.bench.policies]
     plain = p.offload.settings
@@ -57,9 +56,11 @@ def run(p: Params) -> dict[str, Any]:
         *((policy, small, big, plain) for policy in mixed),
     ]
     if p.bench.pipelined is not None:
-        settings = plain | p.bench.pipelined.model_dump()
+        settings, beside = plain | p.bench.pipelined.model_dump(), big
+        if p.bench.big_process and p.big.engine == "transformers":
+            beside = engine.load(p.big.model_copy(update={"process": True}), most)
         again = [replace(policy, name=f"{policy.name}, pipelined") for policy in mixed if policy.name != "speculative"]
-        policies += [(policy, small, big, settings) for policy in again]
+        policies += [(policy, small, beside, settings) for policy in again]
     n = most * p.bench.traces_per_slot
     tasks = problems.load(p.test)
     prompts = [tasks[i % len(tasks)].prompt for i in range(n)]

@@ -376,10 +376,10 @@ class Bench(Section):
     random_share: float = Field(0.05, gt=0, lt=1)
     random_chunk: int = Field(16, ge=1)
     draft_tokens: int = Field(4, ge=1, description="tokens the small model drafts in speculative decoding")
-    big_process: bool = Field(False, description="transformers: the big model in a process of its own")
     pipelined: Pipelining | None = Field(
         None, description="learned and random are measured a second time with these settings of offload"
     )
+    big_process: bool = Field(False, description="pipelined on transformers: a second big model, in its own process")
 
 
 class Base(Section):

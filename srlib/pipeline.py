@@ -60,6 +60,8 @@ MAKERS = {
     "sweep": "sweep",
     "results": "05_evaluate",
 }
+# The policies of stage 05 that a trained model writes with; without them it is not needed.
+WRITTEN_WITH = {"adapter": {"learned", "learned_off", "rejection"}, "reinforced": {"grpo"}}
 
 
 def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
@@ -72,7 +74,8 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
         SrlibError: something is missing or damaged; the sentence names it and the stage that makes it.
     """
     for name in STAGES[stage].reads:
-        if name == "reinforced" and "grpo" not in p.evaluate.policies:
+        policies = WRITTEN_WITH.get(name) if stage == "05_evaluate" else None
+        if policies and not policies & {*p.evaluate.policies}:
             continue
         if MAKERS[name] not in made_now or _artefacts(p)[name].given:
             require_artefact(p, name, stage)

@@ -41,5 +41,6 @@ bench: {{batch_sizes: [1, 4], repeats: 1, max_tokens: 12, big_process: {apart}, 
         if name != "generate":
             shares = [row[key] for key in ("small_share", "big_share", "controller_share", "idle_share")]
             assert 0.5 < sum(shares)
-            assert sum(shares) - (row["big_share"] if apart else 0) <= 1.001  # apart, the big model works beside the rest
+            beside = apart and name.endswith("pipelined")  # there the big model works at the same time
+            assert sum(shares) - (row["big_share"] if beside else 0) <= 1.001
     assert [check["batch"] for check in result["closing_check"]] == [1, 4]

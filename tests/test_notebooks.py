@@ -180,6 +180,17 @@ def test_a_missing_adapter(copy):
     assert "03_grpo: There is no adapter in" in message and "--only 02_sft" in message
 
 
+def test_what_no_policy_writes_with_is_not_needed(copy):
+    """Stage 05 of two plain models, before anything was trained."""
+    shutil.rmtree(copy / "smoke" / "02_sft")
+    shutil.rmtree(copy / "smoke" / "03_grpo")
+    settings = ("--set", f"outputs={copy}", "--set", "evaluate.policies=[small,big,random]", "--only", "05_evaluate")
+    done = srlib("run", "params/smoke.yaml", *settings)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((copy / "smoke" / "05_evaluate" / "results.json").read_text())
+    assert [row["policy"] for row in rows] == ["small", "big", "random_0.20", "random_0.50"]
+
+
 def test_a_truncated_model(copy):
     weights = copy / "smoke" / "00_arith_pair" / "big" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import chain
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -37,33 +39,64 @@ ATTENTION = "srlib_slots"
 PADDING = 400_000  # multiplications of queries with keys, in one layer, that cost about as much as one more call
 
 
+class _Fresh:
+    """What a forward pass processes: the unprocessed ids of some sequences, one after the other in a packed row."""
+
+    def __init__(self, sequences: list[Sequence], asked: list[int]) -> None:
+        """Args: sequences: ordered by slot. asked: at how many of its last ids each wants logits."""
+        fresh = [s.ids[s.processed :] for s in sequences]
+        self.ids = list(chain.from_iterable(fresh))  # (N,)
+        self.slots = np.array([s.slot for s in sequences])  # (n,), as the next three
+        self.starts = np.array([s.processed for s in sequences])
+        self.counts = np.array(list(map(len, fresh)))
+        self.firsts = self.counts.cumsum() - self.counts  # place of the first id of each in the packed row
+        self.rows = self.slots.repeat(self.counts)  # (N,) slot and position of each id
+        self.positions = np.arange(len(self.ids)) + (self.starts - self.firsts).repeat(self.counts)
+        counts = np.array(asked)
+        self.answers = counts.cumsum() - counts  # (n,) the first row of logits of each
+        places = self.firsts + self.counts - counts - self.answers
+        self.wanted = np.arange(counts.sum()) + places.repeat(counts)  # (W,) places with logits in the packed row
+
+
 class _Group:
     """Sequences of a forward pass that attend in one call, padded to the longest of them."""
 
-    def __init__(self, sequences: list[tuple[Sequence, int]], heads_per_key: int, device, dtype) -> None:
-        """Args: sequences: each with the place of its first new token among the packed ones, ordered by slot."""
-        slots = [s.slot for s, _ in sequences]
-        new = [len(s.ids) - s.processed for s, _ in sequences]
-        self.length = max(len(s.ids) for s, _ in sequences)  # S
-        width = max(new)  # T
+    def __init__(self, fresh: _Fresh, chosen: np.ndarray, heads: np.ndarray, device, dtype) -> None:
+        """Args: chosen: which of the sequences. heads: (K, G) numbers of the query heads of each key."""
+        slots, starts, counts = fresh.slots[chosen], fresh.starts[chosen], fresh.counts[chosen]
+        self.length = int((starts + counts).max())  # S
+        width = int(counts.max())  # T
         # Most slots of a stretch: it is read in place, idle slots and all. Few: theirs are copied.
         whole = 2 * len(slots) > slots[-1] - slots[0]
-        rows = [slot - slots[0] for slot in slots] if whole else list(range(len(slots)))
-        self.slots = slice(slots[0], slots[-1] + 1) if whole else torch.tensor(slots, device=device)
-        self.shape = (rows[-1] + 1, width)  # B, T
+        rows = slots - slots[0] if whole else np.arange(len(slots))
+        self.slots = slice(slots[0], slots[-1] + 1) if whole else torch.as_tensor(slots, device=device)
+        size = int(rows[-1]) + 1  # B
+        self.shape = (size, len(heads), width * heads.shape[1])  # B, K, T·G
+        columns = np.minimum(np.arange(width), counts[:, None] - 1)  # (n, T), padding repeats the last
+        places, last = np.zeros((2, size, width), dtype=np.int64)  # in the packed row, and position of each query
+        self.places = places[rows] = fresh.firsts[chosen, None] + columns
+        last[rows] = starts[:, None] + columns
+        self.answers = rows[:, None] * width + columns  # (n, T) among the B·T of the call
+        # (B, T) in the packed row → (B, K, T, G) in that of all heads
+        queries = places[:, None, :, None] * heads.size + heads[:, None]
+        self.queries = torch.as_tensor(queries.ravel(), device=device)
+        unseen = torch.arange(self.length, device=device) > torch.as_tensor(last, device=device)[..., None]  # (B, T, S)
+        mask = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
+        self.mask = (mask.repeat_interleave(heads.shape[1], 1) if width > 1 < heads.shape[1] else mask)[:, None]
 
-        def each(values: Iterable[Iterable[int]]) -> torch.Tensor:
-            return torch.tensor([v for vs in values for v in vs], device=device)
 
-        self.tokens = each(range(at, at + n) for (_, at), n in zip(sequences, new))  # (n,) in the packed row
-        self.rows = each([row] * n for row, n in zip(rows, new))  # (n,) in the padded batch
-        self.columns = each(range(n) for n in new)  # (n,)
-        start = torch.zeros(self.shape[0], dtype=torch.long, device=device)
-        start[rows] = torch.tensor([s.processed for s, _ in sequences], device=device)
-        last = start[:, None] + torch.arange(width, device=device)  # (B, T) position of each query
-        seen = torch.arange(self.length, device=device) <= last[..., None]  # (B, T, S)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
-        self.mask = mask[:, None].repeat(1, 1, heads_per_key if width > 1 else 1, 1)  # (B, 1, G·T or 1, S)
+class _Groups:
+    """The groups of a forward pass, and where each token finds its answers among theirs."""
+
+    def __init__(self, fresh: _Fresh, parts: list[np.ndarray], heads: np.ndarray, device, dtype) -> None:
+        self.groups = [_Group(fresh, part, heads, device, dtype) for part in parts]
+        order, before = np.empty_like(fresh.positions), 0
+        for group in self.groups:
+            order[group.places] = before + group.answers
+            before += len(group.queries) // heads.size
+        # Answers come as (B, T, G, K), and go as (N, K, G).
+        order = order[:, None] * heads.size + heads.reshape(heads.shape[::-1]).T.ravel()
+        self.order = torch.as_tensor(order.ravel(), device=device)  # (N·H,)
 
 
 class _Slots(Cache):
@@ -95,24 +128,20 @@ class _Slots(Cache):
         return tuple(answers)
 
 
-def _attend(module, query, key, value, attention_mask, scaling=None, groups: list[_Group] | None = None, **kwargs):
+def _attend(module, query, key, value, attention_mask, scaling=None, groups: _Groups | None = None, **kwargs):
     """Attention over the slots: query (1, H, N, D); key and value are the stores. Without `groups` it is SDPA."""
     if groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    heads, size, keys = query.shape[1], query.shape[3], key.shape[1]  # H, D, K; H = K·G
-    packed = query[0].transpose(0, 1)  # (N, H, D)
-    out = torch.empty_like(packed)
-    for group in groups:
-        batch, width = group.shape
-        q = packed.new_zeros(batch, width, heads, size)
-        q[group.rows, group.columns] = packed[group.tokens]
+    heads, size = query.shape[1], query.shape[3]
+    packed = query[0].transpose(0, 1).reshape(-1, size)  # (N·H, D)
+    answers = []
+    for group in groups.groups:
         # The heads that share a key stand beside each other as queries, so that keys are not repeated.
-        q = q.view(batch, width, keys, -1, size).permute(0, 2, 3, 1, 4).reshape(batch, keys, -1, size)
+        q = packed.index_select(0, group.queries).view(*group.shape, size)  # (B, K, T·G, D)
         k, v = (x[group.slots, :, : group.length] for x in (key, value))
-        o = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)  # (B, K, G·T, D)
-        o = o.view(batch, keys, -1, width, size).permute(0, 3, 1, 2, 4).reshape(batch, width, heads, size)
-        out[group.tokens] = o[group.rows, group.columns]
-    return out[None], None
+        answer = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)
+        answers.append(answer.transpose(1, 2).reshape(-1, size))
+    return torch.cat(answers).index_select(0, groups.order).view(1, -1, heads, size), None
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -151,7 +180,8 @@ class TransformersEngine:
         self.pending: list[Request] = []
         self._free = list(range(slots))[::-1]
         self._cache = _Slots(slots, self.context)
-        self._heads_per_key = config.num_attention_heads // config.num_key_value_heads
+        # (K, G) numbers of the query heads of each key
+        self._heads = np.arange(config.num_attention_heads).reshape(config.num_key_value_heads, -1)
         self._query_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._query_size *= config.num_attention_heads
 
@@ -258,45 +288,36 @@ class TransformersEngine:
 
     def _forward(self, sequences: list[Sequence]) -> None:
         """Process all unprocessed ids of `sequences`; leaves the last logits with each, and answers `ask`."""
-        device, dtype = self.device, self.model.dtype
+        device = self.device
         asking: dict[int, Request] = {id(r.sequence): r for r in self.pending if r.ask}
-        members: list[tuple[Sequence, int]] = []
-        ids, rows, positions, wanted = [], [], [], []
-        for s in sequences:
-            new = s.ids[s.processed :]
-            members.append((s, len(ids)))
-            ids += new
-            rows += [s.slot] * len(new)
-            positions += range(s.processed, len(s.ids))
-            # Logits only where they are used: at the places asked for, else at the last one.
-            wanted += range(len(ids) - (asking[id(s)].ask if id(s) in asking else 1), len(ids))
+        # Logits only where they are used: at the places asked for, else at the last one.
+        fresh = _Fresh(sequences, [asking[id(s)].ask if id(s) in asking else 1 for s in sequences])
         cache = self._cache
-        cache.rows, cache.positions = torch.tensor(rows, device=device), torch.tensor(positions, device=device)
-        cache.reserve(max(len(s.ids) for s in sequences))
+        cache.rows, cache.positions = (torch.as_tensor(x, device=device) for x in (fresh.rows, fresh.positions))
+        cache.reserve(int(fresh.positions.max()) + 1)
         hidden = self.model.get_decoder()(
-            input_ids=torch.tensor([ids], device=device),
+            input_ids=torch.tensor([fresh.ids], device=device),
             attention_mask=torch.empty(1, 1, 1, 1, device=device),  # stands for "made already": see _Group
             position_ids=cache.positions[None],
             past_key_values=cache,
             use_cache=True,
-            groups=[_Group(part, self._heads_per_key, device, dtype) for part in self._alike(members)],
+            groups=_Groups(fresh, self._alike(fresh), self._heads, device, self.model.dtype),
         ).last_hidden_state  # (1, N, E)
+        wanted = torch.as_tensor(fresh.wanted, device=device)
         logits = self.model.get_output_embeddings()(hidden[0, wanted]).float()  # (W, V)
-        at = 0
         asked: list[tuple[Request, int]] = []  # each with the place of its first row of logits
-        for s in sequences:
+        for s, new, at in zip(sequences, fresh.counts.tolist(), fresh.answers.tolist()):
             request = asking.get(id(s))
             if request:
                 asked.append((request, at))
-            at += request.ask if request else 1
-            new = len(s.ids) - s.processed
+                at += request.ask - 1
             self.counters.prefilled_tokens += new if new > 1 else 0
             self.counters.reread_tokens += max(0, min(s.longest, len(s.ids)) - s.processed)
             s.forwarded += new
-            s.processed, s.logits = len(s.ids), logits[at - 1]
+            s.processed, s.logits = len(s.ids), logits[at]
             s.longest = max(s.longest, s.processed)
         self._answer(asked, logits)
-        self.counters.forward_tokens += len(ids)
+        self.counters.forward_tokens += len(fresh.ids)
         self.counters.calls += 1
 
     def _answer(self, asked: list[tuple[Request, int]], logits: torch.Tensor) -> None:
@@ -319,22 +340,20 @@ class TransformersEngine:
                 request.watched = watched[: request.ask]
             watched = watched[request.ask :]
 
-    def _alike(self, members: list[tuple[Sequence, int]]) -> list[list[tuple[Sequence, int]]]:
-        """Parts of `members` of about as many new tokens: a wider one takes a narrower one in if that costs little."""
-        parts: dict[int, list[tuple[Sequence, int]]] = defaultdict(list)
-        for member in members:
-            parts[len(member[0].ids) - member[0].processed].append(member)
-        narrower = None
-        for width in sorted(parts):
-            if narrower is not None:
-                both = sorted(parts[narrower] + parts[width], key=lambda m: m[0].slot)
-                tokens = sum(len(s.ids) - s.processed for s, _ in both)
-                length = max(len(s.ids) for s, _ in both)
-                if (width * len(both) - tokens) * length * self._query_size <= PADDING:
-                    parts[width] = both
-                    del parts[narrower]
-            narrower = width
-        return list(parts.values())
+    def _alike(self, fresh: _Fresh) -> list[np.ndarray]:
+        """Sequences of about as many new tokens: a wider group takes a narrower one in if that costs little."""
+        ends = fresh.starts + fresh.counts
+        parts: list[np.ndarray] = []
+        for width in sorted(set(fresh.counts.tolist())):
+            part = np.flatnonzero(fresh.counts == width)
+            if parts:
+                both = np.sort(np.concatenate((parts[-1], part)))
+                padding = width * len(both) - fresh.counts[both].sum()
+                if padding * ends[both].max() * self._query_size <= PADDING:
+                    parts.pop()
+                    part = both
+            parts.append(part)
+        return parts
 
     def _write(self, requests: list[Request]) -> set[Request]:
         """Write the next id of each request; returns those that end."""
