@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -138,7 +138,8 @@ def _attend(module, query, key, value, attention_mask, scaling=None, groups: _Gr
     for group in groups.groups:
         # The heads that share a key stand beside each other as queries, so that keys are not repeated.
         q = packed.index_select(0, group.queries).view(*group.shape, size)  # (B, K, T·G, D)
-        k, v = (x[group.slots, :, : group.length] for x in (key, value))
+        k, v = (x[:, :, : group.length] for x in (key, value))
+        k, v = (x[group.slots] if isinstance(group.slots, slice) else x.index_select(0, group.slots) for x in (k, v))
         answer = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)
         answers.append(answer.transpose(1, 2).reshape(-1, size))
     return torch.cat(answers).index_select(0, groups.order).view(1, -1, heads, size), None
@@ -240,9 +241,8 @@ class TransformersEngine:
             if sequence.processed == len(sequence.ids) and sequence.logits is None:
                 self._uncache(sequence, sequence.processed - 1)  # its last id is read again, for the logits
         behind = {id(s): s for s in (r.sequence for r in self.pending) if s.processed < len(s.ids)}
-        if behind:
-            self._forward(sorted(behind.values(), key=lambda s: s.slot))
-        ended = self._write(writing)
+        asking = self._forward(sorted(behind.values(), key=lambda s: s.slot)) if behind else []
+        ended = self._draw(writing, asking)
         done = [r for r in self.pending if not r.max_new or r in ended]
         self.pending = [r for r in self.pending if r.max_new and r not in ended]
         self.counters.seconds += time.perf_counter() - start
@@ -286,8 +286,12 @@ class TransformersEngine:
         self.counters.discarded_tokens += sequence.processed - length
         sequence.processed, sequence.logits = length, None
 
-    def _forward(self, sequences: list[Sequence]) -> None:
-        """Process all unprocessed ids of `sequences`; leaves the last logits with each, and answers `ask`."""
+    def _forward(self, sequences: list[Sequence]) -> list[tuple[Request, torch.Tensor]]:
+        """Process all unprocessed ids of `sequences`; leaves the last logits with each.
+
+        Returns:
+            the requests that ask, each with the logits (ask, V) of the places it asks about.
+        """
         device = self.device
         asking: dict[int, Request] = {id(r.sequence): r for r in self.pending if r.ask}
         # Logits only where they are used: at the places asked for, else at the last one.
@@ -305,40 +309,20 @@ class TransformersEngine:
         ).last_hidden_state  # (1, N, E)
         wanted = torch.as_tensor(fresh.wanted, device=device)
         logits = self.model.get_output_embeddings()(hidden[0, wanted]).float()  # (W, V)
-        asked: list[tuple[Request, int]] = []  # each with the place of its first row of logits
+        asked: list[tuple[Request, torch.Tensor]] = []
         for s, new, at in zip(sequences, fresh.counts.tolist(), fresh.answers.tolist()):
             request = asking.get(id(s))
             if request:
-                asked.append((request, at))
+                asked.append((request, logits[at : at + request.ask]))
                 at += request.ask - 1
             self.counters.prefilled_tokens += new if new > 1 else 0
             self.counters.reread_tokens += max(0, min(s.longest, len(s.ids)) - s.processed)
             s.forwarded += new
             s.processed, s.logits = len(s.ids), logits[at]
             s.longest = max(s.longest, s.processed)
-        self._answer(asked, logits)
         self.counters.forward_tokens += len(fresh.ids)
         self.counters.calls += 1
-
-    def _answer(self, asked: list[tuple[Request, int]], logits: torch.Tensor) -> None:
-        """`own` and `watched` of requests, each given with its first row of logits (W, V)."""
-        rows, at, watch = [], [], []
-        for request, first in asked:
-            rows += range(first, first + request.ask)
-            end = len(request.sequence.ids)
-            at += [(request.sequence.sampling, i) for i in range(end - request.ask + 1, end + 1)]
-            watch += [request.watch or 0] * request.ask
-        own, watched = [], []
-        for i in range(0, len(rows), SCORE_POSITIONS):
-            part = slice(i, i + SCORE_POSITIONS)
-            chosen, logprobs = draw(logits[rows[part]], at[part])
-            own += chosen
-            watched += logprobs[range(len(chosen)), watch[part]].tolist()
-        for request, _ in asked:
-            request.own, own = own[: request.ask], own[request.ask :]
-            if request.watch is not None:
-                request.watched = watched[: request.ask]
-            watched = watched[request.ask :]
+        return asked
 
     def _alike(self, fresh: _Fresh) -> list[np.ndarray]:
         """Sequences of about as many new tokens: a wider group takes a narrower one in if that costs little."""
@@ -355,25 +339,40 @@ class TransformersEngine:
             parts.append(part)
         return parts
 
-    def _write(self, requests: list[Request]) -> set[Request]:
-        """Write the next id of each request; returns those that end."""
+    def _draw(self, writing: list[Request], asking: list[tuple[Request, torch.Tensor]]) -> set[Request]:
+        """Write the next id of each request that writes, and answer those that ask; returns the writers that end."""
+        rows = [r.sequence.logits for r in writing]  # each (V,)
+        at = [(r.sequence.sampling, len(r.sequence.ids)) for r in writing]
+        watched: list[int | None] = [None] * len(writing)  # None: the id that is drawn
+        for request, logits in asking:
+            end = len(request.sequence.ids)
+            rows += logits.unbind()
+            at += [(request.sequence.sampling, i) for i in range(end - request.ask + 1, end + 1)]
+            watched += [request.watch] * request.ask
+        unsure = any(r.max_entropy is not None for r in writing)
+        drawn: list[tuple[int, float, float]] = []  # for each row: the id, the log-probability, the entropy in nats
+        for i in range(0, len(rows), SCORE_POSITIONS):
+            part = slice(i, i + SCORE_POSITIONS)
+            chosen, logprobs = draw(torch.stack(rows[part]), at[part])
+            columns = [token if watch is None else watch for token, watch in zip(chosen, watched[part])]
+            picked = logprobs[range(len(columns)), columns].tolist()
+            entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist() if unsure else [0.0] * len(chosen)
+            drawn += zip(chosen, picked, entropies)
+        answers = iter(drawn[len(writing) :])
+        for request, _ in asking:
+            own, picked, _ = zip(*islice(answers, request.ask))
+            request.own = list(own)
+            if request.watch is not None:
+                request.watched = list(picked)
         ended: set[Request] = set()
-        if not requests:
-            return ended
-        logits = torch.stack([r.sequence.logits for r in requests])  # (R, V)
-        chosen, logprobs = draw(logits, [(r.sequence.sampling, len(r.sequence.ids)) for r in requests])
-        picked = logprobs[range(len(chosen)), chosen].tolist()
-        entropies = None
-        if any(r.max_entropy is not None for r in requests):
-            entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist()  # nats
-        for i, request in enumerate(requests):
-            if request.max_entropy is not None and entropies[i] > request.max_entropy:
+        for request, (token, logprob, entropy) in zip(writing, drawn):
+            if request.max_entropy is not None and entropy > request.max_entropy:
                 request.unsure = True
                 ended.add(request)
                 continue
             self.counters.decoded_tokens += 1
-            request.sequence.ids.append(chosen[i])
-            if request.add(chosen[i], picked[i], self.tokenizer):
+            request.sequence.ids.append(token)
+            if request.add(token, logprob, self.tokenizer):
                 ended.add(request)
         return ended
 
