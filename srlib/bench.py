@@ -57,7 +57,7 @@ def run(p: Params) -> dict[str, Any]:
     ]
     if p.bench.pipelined is not None:
         settings, beside = plain | p.bench.pipelined.model_dump(), big
-        if p.bench.big_process and p.big.engine == "transformers":
+        if p.bench.big_process and not big.running:
             beside = engine.load(p.big.model_copy(update={"process": True}), most)
         again = [replace(policy, name=f"{policy.name}, pipelined") for policy in mixed if policy.name != "speculative"]
         policies += [(policy, small, beside, settings) for policy in again]
