@@ -110,7 +110,6 @@ class _Side:
 
     def __init__(self, engine, prompt_ids: list[int], sampling: Sampling) -> None:
         self.engine, self.sampling = engine, sampling
-        self.eos = tuple((i,) for i in engine.eos) if engine is not None else ()  # as stops
         self.unread = list(prompt_ids)
         self.sequence = None
         self.length = 0  # ids the sequence has, as far as they have been heard of
@@ -123,7 +122,7 @@ class _Side:
         self.length += len(feed)
         return self.engine.submit(Request(self.sequence, feed, **ask))
 
-    def answered(self, request: Request) -> Request:
+    def answered(self, request: Request) -> None:
         """Take note of what `request`, which is done, has written.
 
         Raises:
@@ -132,13 +131,6 @@ class _Side:
         if request.error:
             raise request.error
         self.length += len(request.ids)
-        return request
-
-    def request(self, **ask) -> Generator[Request, None, Request]:
-        """`start`, and wait for it."""
-        request = self.start(**ask)
-        yield request
-        return self.answered(request)
 
     def read(self) -> None:
         """Have what is unread read while others work."""
@@ -211,19 +203,21 @@ class Writer:
         Returns:
             the tag it ended with, `unsure`, or None.
         """
-        o, eos, start = self.o, self.small.eos, len(self.trace.ids)
+        o, eos, start = self.o, self.o.small_eos, len(self.trace.ids)
         ends = {"stops": eos}
         if tags:
             ends = {"stops": eos, "stop_texts": o.tag_texts} if o.plain_tags else {"stops": (*o.tag_ids, *eos)}
         end = start + min(n, self.left)
         while True:
             before = len(self.trace.ids)
-            request = yield from self.small.request(
+            request = self.small.start(
                 max_new=min(end - before, o.stream_chunk or o.max_tokens),
                 max_entropy=max_entropy,
                 recent=self.trace.ids[max(start, before - STOP_TAIL) : before],
                 **ends,
             )
+            yield request
+            self.small.answered(request)
             self._append(request.ids, SMALL, request.logprobs)
             if request.stopped or request.unsure or len(self.trace.ids) >= end:
                 break
@@ -289,19 +283,23 @@ class Writer:
         draft it answers what it would have put at each place. (Leviathan et al. 2023, arXiv
         2211.17192; as both draw with one seed, kept and replaced tokens are exactly the big model's.)
         """
-        eos = self.big.eos
+        eos = self.o.big_eos
         asked = min(n, self.left - 1)
         drafted: list[int] = []
         if asked:
             tags = () if self.o.plain_tags else self.o.tag_ids  # the big model does not know them
-            request = yield from self.small.request(max_new=asked, stops=(*eos, *tags))
+            request = self.small.start(max_new=asked, stops=(*eos, *tags))
+            yield request
+            self.small.answered(request)
             tag = len(request.stopped) if request.stopped in tags else 0
             drafted = request.ids[: len(request.ids) - tag]
             if tag:
                 self.small.take_back(tag)
         began = self.o.clock()
         self.big.unread += drafted
-        answer = yield from self.big.request(ask=len(drafted) + 1)
+        answer = self.big.start(ask=len(drafted) + 1)
+        yield answer
+        self.big.answered(answer)
         kept = 0
         while kept < len(drafted) and drafted[kept] == answer.own[kept]:
             kept += 1
@@ -320,7 +318,7 @@ class Writer:
         self._handover(start, start + 1, self.trace.finish or "draft", began)
 
     def _start_big(self, n: int) -> Request:
-        return self.big.start(max_new=min(n, self.left), stops=self.big.eos)
+        return self.big.start(max_new=min(n, self.left), stops=self.o.big_eos)
 
     def _big_chunk(self, request: Request, last: bool = False) -> Generator[Request, None, bool]:
         """What `request` has the big model write; returns whether the text ended."""
@@ -354,13 +352,17 @@ class Writer:
         written. Returns its length, or 0.
         """
         close, o = self.trace.tags.close, self.o
-        request = yield from self.small.request(ask=n, watch=close[0])
+        request = self.small.start(ask=n, watch=close[0])
+        yield request
+        self.small.answered(request)
         place = next((i for i, token in enumerate(request.own[:asked]) if token in o.may_close), None)
         if place is None or (self.left < len(close) and n == place + 1):
             return 0
         tries = None
         if o.plain_tags:  # it began like the tag: the small model writes on, and another word is taken back
-            tries = yield from self.small.request(max_new=len(close) + 2, stop_texts=o.tag_texts)
+            tries = self.small.start(max_new=len(close) + 2, stop_texts=o.tag_texts)
+            yield tries
+            self.small.answered(tries)
             text = o.tokenizer.decode(tries.ids).lstrip()
             if not text.startswith(o.tag_texts[1:]):
                 self.small.take_back(len(tries.ids))
@@ -484,13 +486,15 @@ class Offloader:
             self.big_sampling = self.sampling._replace(temperature=big_temperature)
         self.small, self.big = small, big
         self.engines = [engine for engine in (small, big) if engine is not None]
+        # as stops
+        self.small_eos, self.big_eos = (tuple((i,) for i in engine.eos) if engine else () for engine in (small, big))
         self.running = [engine for engine in self.engines if engine.running]
         self.stepping = [engine for engine in self.engines if not engine.running]
         self.batch_size = min(batch_size, *(engine.slots for engine in self.engines))
         self.tokenizer = self.engines[0].tokenizer
         self.tags = Tags.of(self.tokenizer)
         self.tag_ids = (self.tags.open, *self.tags.closes)
-        self.tag_texts = (spans.OPEN, spans.CLOSE, spans.OTHER_CLOSE)
+        self.tag_texts = spans.SPELLINGS
         self.plain_tags = len(self.tags.close) > 1
         self.may_close = frozenset(self.tags.close)
         self.control_chunk = control_chunk
@@ -617,7 +621,8 @@ class Offloader:
         texts = [prompt + self.hint for prompt in prompts if isinstance(prompt, str)]
         if len(texts) < len(prompts) and not self.bridge.same:
             raise SrlibError("A prompt given as ids needs one vocabulary; give the text to models of two.")
-        sides = list(map(iter, encode_for_each([engine.tokenizer for engine in self.engines], texts)))
+        tokenizers = [engine.tokenizer for engine in self.engines]
+        sides = list(map(iter, encode_for_each(tokenizers, texts, self.bridge.same_cut)))
         encoded = []
         for prompt in prompts:
             ids = [next(side) for side in sides] if isinstance(prompt, str) else [list(prompt)]

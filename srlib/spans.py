@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeVar
 
 OPEN, CLOSE = "<bigmodel>", "</bigmodel>"
 OTHER_CLOSE = r"<\bigmodel>"  # read, since published data has it; never written
+SPELLINGS = (OPEN, CLOSE, OTHER_CLOSE)
 
 
 class Span(NamedTuple):
@@ -43,7 +44,7 @@ class Tags:
     @classmethod
     def of(cls, tokenizer) -> Tags:
         """The tags in the ids of `tokenizer`: one id each where they are tokens, else several."""
-        ids = [tuple(tokenizer.encode(tag, add_special_tokens=False)) for tag in (OPEN, CLOSE, OTHER_CLOSE)]
+        ids = [tuple(tokenizer.encode(tag, add_special_tokens=False)) for tag in SPELLINGS]
         return cls(ids[0], tuple(ids[1:]))
 
     @property

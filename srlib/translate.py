@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from srlib import SrlibError, spans
+from srlib import SrlibError
+from srlib.spans import SPELLINGS
 
-TAGS = (spans.OPEN, spans.CLOSE, spans.OTHER_CLOSE)
 THINK = ("<think>", "</think>")
 # What a vocabulary may lack, as no script needs it: control characters, planes without any character, and
 # bytes that are not in UTF-8. The text has U+FFFD for each of these bytes that one of the two lacks.
@@ -221,6 +221,7 @@ class Bridge:
 
     def __init__(self, small, big) -> None:
         self.same = same_vocabulary(small, big)
+        self.same_cut = self.same and same_cut(small, big)
         if not self.same:
             self._small, self._big = Vocabulary(small), Vocabulary(big)
 
@@ -235,15 +236,28 @@ def same_vocabulary(small, big) -> bool:
     """Whether ids mean the same in both tokenizers, srlib's tags aside, which need not be in both."""
     if small is big:
         return True
-    ours, theirs = ({t: i for t, i in each.get_vocab().items() if t not in TAGS} for each in (small, big))
+    ours, theirs = ({t: i for t, i in each.get_vocab().items() if t not in SPELLINGS} for each in (small, big))
     return ours == theirs
+
+
+def same_cut(small, big) -> bool:
+    """Whether both tokenizers cut every text without srlib's tags into the same ids, as far as they tell how they cut."""
+    if small is big:
+        return True
+    states = []
+    for tokenizer in (small, big):
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+            return False
+        state = json.loads(backend.to_str())
+        states.append(state | {"added_tokens": [t for t in state["added_tokens"] if t["content"] not in SPELLINGS]})
+    return states[0] == states[1]
 
 
 def _continuing(state: dict) -> dict:
     """The state of a tokenizer that encodes the rest of a text: no first space, nothing normalised or cut off."""
     for token in state["added_tokens"]:
         token.update(lstrip=False, rstrip=False, normalized=False)
-        token["special"] = token["content"] in TAGS or (token["special"] and token["content"] not in THINK)
+        token["special"] = token["content"] in SPELLINGS or (token["special"] and token["content"] not in THINK)
     for part in _parts(state["pre_tokenizer"], "pretokenizers"):
         part.update({k: v for k, v in (("prepend_scheme", "never"), ("add_prefix_space", False)) if k in part})
     spaces = [part for part in _parts(state["normalizer"], "normalizers") if part.get("content") == "▁"]

@@ -107,14 +107,16 @@ class Request:
         """Take a decoded token; returns whether the request ends with it."""
         self.ids.append(token)
         self.logprobs.append(logprob)
-        tail = [*self.recent, *self.ids][-STOP_TAIL:]
         for stop in self.stops:
-            if tuple(tail[-len(stop) :]) == stop:
+            if stop[-1] == token and tuple(self._tail(len(stop))) == stop:
                 self.stopped = stop
         if self.stop_texts:
-            tail = tokenizer.decode(tail)
+            tail = tokenizer.decode(self._tail(STOP_TAIL))
             self.stopped = next((text for text in self.stop_texts if text in tail), self.stopped)
         return self.stopped is not None or len(self.ids) >= self.max_new
+
+    def _tail(self, n: int) -> list[int]:
+        return [*self.recent, *self.ids][-n:]
 
 
 SCORE_TOKENS = 8192  # ids that `score` reads in one forward pass; a longer batch is read in several

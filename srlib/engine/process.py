@@ -80,7 +80,7 @@ class ProcessEngine(Running):
             RuntimeError: all slots are taken.
         """
         sequence = super().open(ids, sampling)
-        self._orders.append(("open", sequence.slot, list(ids), sampling))
+        self._orders.append(("open", sequence.slot, list(ids), tuple(sampling)))  # a class of its own pickles slowly
         return sequence
 
     def close(self, sequence: Sequence) -> None:
@@ -129,8 +129,8 @@ class ProcessEngine(Running):
 
     def collect(self) -> list[Request]:
         """The requests that are done and were not given before; waits for none."""
-        with self._whole_messages():
-            while not self._gone and self._answers.poll(0):
+        while not self._gone and self._answers.poll(0):
+            with self._whole_messages():
                 kind, *content = _receive(self.ready)
                 if kind == "done":
                     self._take(*content)
@@ -270,7 +270,7 @@ def serve(orders: Connection, answers: Connection) -> None:
             for method, *args in message:
                 if method == "open":
                     name, ids, sampling = args
-                    sequences[name] = engine.open(ids, sampling)
+                    sequences[name] = engine.open(ids, Sampling(*sampling))
                 elif method == "submit":
                     name, sequence, wanted = args
                     names[engine.submit(Request(sequences[sequence], *wanted))] = name

@@ -36,7 +36,7 @@ from srlib.engine import GREEDY, SCORE_POSITIONS, SCORE_TOKENS, Counters, Reques
 from srlib.params import ModelSpec
 
 ATTENTION = "srlib_slots"
-PADDING = 400_000  # multiplications of queries with keys, in one layer, that cost about as much as one more call
+PADDING = 150_000  # multiplications of queries with keys, in one layer, that cost about as much as one more call
 
 
 class _Fresh:
