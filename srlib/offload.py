@@ -33,7 +33,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -204,9 +204,7 @@ class Writer:
             the tag it ended with, `unsure`, or None.
         """
         o, eos, start = self.o, self.o.small_eos, len(self.trace.ids)
-        ends = {"stops": eos}
-        if tags:
-            ends = {"stops": eos, "stop_texts": o.tag_texts} if o.plain_tags else {"stops": (*o.tag_ids, *eos)}
+        ends = o.tag_ends if tags else {"stops": eos}
         end = start + min(n, self.left)
         while True:
             before = len(self.trace.ids)
@@ -408,7 +406,7 @@ class Writer:
         fresh = self.trace.ids[max(start, self._shown) : len(self.trace.ids) - but]
         self._shown = max(start, self._shown) + len(fresh)
         if not self.o.plain_tags:
-            fresh = [token for token in fresh if (token,) not in self.o.tag_ids]
+            fresh = [token for token in fresh if token not in self.o.tag_tokens]
         self.big.unread += self.to_big.feed(fresh, last)
 
     def _drop(self, tokens: int) -> None:
@@ -486,7 +484,7 @@ class Offloader:
             self.big_sampling = self.sampling._replace(temperature=big_temperature)
         self.small, self.big = small, big
         self.engines = [engine for engine in (small, big) if engine is not None]
-        # as stops
+        # Where a request is to stop: at the end of the text, or of the small model's at a tag, too.
         self.small_eos, self.big_eos = (tuple((i,) for i in engine.eos) if engine else () for engine in (small, big))
         self.running = [engine for engine in self.engines if engine.running]
         self.stepping = [engine for engine in self.engines if not engine.running]
@@ -496,10 +494,13 @@ class Offloader:
         self.tag_ids = (self.tags.open, *self.tags.closes)
         self.tag_texts = spans.SPELLINGS
         self.plain_tags = len(self.tags.close) > 1
+        self.tag_tokens = {ids[0] for ids in self.tag_ids if len(ids) == 1}
+        self.tag_ends: dict[str, Any] = {"stops": (*self.tag_ids, *self.small_eos)}
         self.may_close = frozenset(self.tags.close)
         self.control_chunk = control_chunk
         if self.plain_tags:
             self.control_chunk = 1
+            self.tag_ends = {"stops": self.small_eos, "stop_texts": self.tag_texts}
             self.may_close = _beginnings(self.tokenizer, self.tag_texts[1:])
         self.bridge = Bridge(self.tokenizer, self.engines[-1].tokenizer)
         if isinstance(policy, Speculative) and not self.bridge.same:
