@@ -192,7 +192,8 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
             parameters=p.model_dump(),
             cwd=NOTEBOOKS,
             kernel_name="python3",
-            extra_arguments=["--log-level=ERROR"],  # the kernel's own notes are nobody's concern
+            # The kernel's own notes, such as on the interrupt with which it is ended, are nobody's concern.
+            extra_arguments=["--log-level=CRITICAL"],
             progress_bar={"desc": name, "leave": False, "disable": not terminal},
         )
     except papermill.PapermillExecutionError as error:
