@@ -622,8 +622,7 @@ class Offloader:
         texts = [prompt + self.hint for prompt in prompts if isinstance(prompt, str)]
         if len(texts) < len(prompts) and not self.bridge.same:
             raise SrlibError("A prompt given as ids needs one vocabulary; give the text to models of two.")
-        tokenizers = [engine.tokenizer for engine in self.engines]
-        sides = list(map(iter, encode_for_each(tokenizers, texts, self.bridge.same_cut)))
+        sides = list(map(iter, encode_for_each([engine.tokenizer for engine in self.engines], texts)))
         encoded = []
         for prompt in prompts:
             ids = [next(side) for side in sides] if isinstance(prompt, str) else [list(prompt)]

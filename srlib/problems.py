@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from srlib import SrlibError, benchmarks
 from srlib.params import Source
-from srlib.spans import SPELLINGS
 
 
 class Problem(BaseModel):
@@ -187,16 +186,11 @@ def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
     return encode_for_each([tokenizer], prompts)[0]
 
 
-def encode_for_each(tokenizers: list, prompts: list[str], same_cut: bool = False) -> list[list[list[int]]]:
-    """`encode_prompts` for each of `tokenizers`; a chat template that several share is filled in once.
-
-    Args:
-        same_cut: they differ in nothing but srlib's tags, so that what has none is cut into tokens once, too.
-    """
+def encode_for_each(tokenizers: list, prompts: list[str]) -> list[list[list[int]]]:
+    """`encode_prompts` for each of `tokenizers`; a chat template that several share is filled in once."""
     ids_alone = {"return_attention_mask": False}
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
     filled: dict[tuple[Any, ...], list[str]] = {}
-    cut: dict[tuple[Any, ...], list[list[int]]] = {}
     encoded = []
     for tokenizer in tokenizers:
         if not prompts:
@@ -207,7 +201,5 @@ def encode_for_each(tokenizers: list, prompts: list[str], same_cut: bool = False
             key = (type(tokenizer), str(tokenizer.chat_template), str(tokenizer.special_tokens_map))
             if key not in filled:
                 filled[key] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            if key not in cut or not same_cut or any(tag in text for text in filled[key] for tag in SPELLINGS):
-                cut[key] = tokenizer(filled[key], add_special_tokens=False, **ids_alone)["input_ids"]
-            encoded.append(cut[key])
+            encoded.append(tokenizer(filled[key], add_special_tokens=False, **ids_alone)["input_ids"])
     return encoded

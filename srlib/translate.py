@@ -221,7 +221,6 @@ class Bridge:
 
     def __init__(self, small, big) -> None:
         self.same = same_vocabulary(small, big)
-        self.same_cut = self.same and same_cut(small, big)
         if not self.same:
             self._small, self._big = Vocabulary(small), Vocabulary(big)
 
@@ -238,19 +237,6 @@ def same_vocabulary(small, big) -> bool:
         return True
     ours, theirs = ({t: i for t, i in each.get_vocab().items() if t not in SPELLINGS} for each in (small, big))
     return ours == theirs
-
-
-def same_cut(small, big) -> bool:
-    """Whether both tokenizers cut every text without srlib's tags into the same ids, as far as they tell how they cut."""
-    if small is big:
-        return True
-    states = []
-    for tokenizer in (small, big):
-        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
-            return False
-        state = json.loads(backend.to_str())
-        states.append(state | {"added_tokens": [t for t in state["added_tokens"] if t["content"] not in SPELLINGS]})
-    return states[0] == states[1]
 
 
 def _continuing(state: dict) -> dict:

@@ -79,12 +79,6 @@ def test_each_tokenizer_has_its_own_template_and_tokens(tokenizer):
     assert problems.encode_for_each(tokenizers, []) == [[]] * 5
 
 
-@pytest.mark.parametrize("texts", [["1+2?", "3*4?"], ["1+2?", "<bigmodel>3*4?"]])
-def test_one_cut_for_two_tokenizers_is_that_of_each(texts, tokenizer):
-    tokenizers = [tokenizer, arith.tokenizer()]
-    assert problems.encode_for_each(tokenizers, texts, same_cut=True) == problems.encode_for_each(tokenizers, texts)
-
-
 def test_columns_of_other_names(tmp_path):
     path = problems.write_jsonl(tmp_path / "x.jsonl", [{"question": "1+1?", "target": 2.0, "level": 1}])
     source = Source(path=str(path), columns={"prompt": "question", "answer": "target"})

@@ -329,15 +329,6 @@ def test_equal_vocabularies_pass_ids_on(tokenizer):
         assert translator.feed([], last=True) == []
 
 
-def test_a_cut_is_the_same_whatever_the_tags_and_another_with_other_rules():
-    small, big = wrap(bytelevel(ALPHABET)), wrap(bytelevel(ALPHABET))
-    sft.add_tags(small)
-    assert Bridge(small, big).same_cut and Bridge(big, small).same_cut and Bridge(small, small).same_cut
-    big.backend_tokenizer.normalizer = normalizers.Lowercase()
-    bridge = Bridge(small, big)
-    assert bridge.same and not bridge.same_cut
-
-
 def test_a_token_of_one_side_only_makes_vocabularies_differ():
     small, big = wrap(bytelevel(ALPHABET)), wrap(bytelevel(ALPHABET))
     assert Bridge(small, big).same
