@@ -5,10 +5,12 @@ seconds that were measured:
 
     (small tokens · seconds a token of the small model alone + big tokens · the same of the big one) / seconds
 
-Alone means the policies `never` and `always` through the same controller, at the same batch;
-tags count as tokens of the small model, which writes them. What the seconds hold beyond that is
-the reading of what the other model wrote, smaller batches, and the controller. The reading no
-engine can save: `with_reading` counts it among the work to be done, at the speed of a prefill.
+Alone means the policies `never` and `always` through the same controller, at the same batch: the
+most traces that one model is asked for at a time. With `oversubscribe` more than that are under way,
+and those that are with the big model leave no place of the small one empty. Tags count as tokens of
+the small model, which writes them. What the seconds hold beyond that is the reading of what the other
+model wrote, smaller batches, and the controller. The reading no engine can save: `with_reading` counts
+it among the work to be done, at the speed of a prefill.
 """
 
 from __future__ import annotations
@@ -41,12 +43,13 @@ def run(p: Params) -> dict[str, Any]:
 
     Returns:
         `rows`, one a batch size and policy: tokens, `offload_share`, `seconds`, `tokens_per_s`,
-        `speed` relative to the small model alone, and the shares of `COLUMNS`; and
+        traces `under_way`, `speed` relative to the small model alone, and the shares of `COLUMNS`; and
         `closing_check`, one a batch size.
     """
     most = max(p.bench.batch_sizes)
     tuned = p.tuned if p.tuned.adapter is None or Path(p.tuned.adapter).exists() else p.small
-    small, big = engine.load(tuned, most), engine.load(p.big, most)
+    slots = max(way.under_way(most) for way in (p.offload, p.bench.pipelined) if way is not None)
+    small, big = engine.load(tuned, slots), engine.load(p.big, slots)
     mixed = (Learned(), Random(p.bench.random_share, p.bench.random_chunk), Speculative(p.bench.draft_tokens))
     mixed = [policy for policy in mixed if policy.name in p.bench.policies]
     plain = p.offload.settings
@@ -58,7 +61,7 @@ def run(p: Params) -> dict[str, Any]:
     if p.bench.pipelined is not None:
         settings, beside = plain | p.bench.pipelined.model_dump(), big
         if p.bench.big_process and not big.running:
-            beside = engine.load(p.big.model_copy(update={"process": True}), most)
+            beside = engine.load(p.big.model_copy(update={"process": True}), slots)
         again = [replace(policy, name=f"{policy.name}, pipelined") for policy in mixed if policy.name != "speculative"]
         policies += [(policy, small, beside, settings) for policy in again]
     n = most * p.bench.traces_per_slot
@@ -113,7 +116,7 @@ def main(p: Params) -> int:
 def table(result: dict[str, Any]) -> str:
     """The measurement as text."""
     frame = pd.DataFrame(result["rows"]).set_index(["batch", "policy"])
-    shown = frame[["offload_share", "tokens_per_s", "speed", *COLUMNS]]
+    shown = frame[["under_way", "offload_share", "tokens_per_s", "speed", *COLUMNS]]
     lines = [shown.to_string(float_format="{:.3f}".format, na_rep="")]
     for check in result["closing_check"]:
         lines.append(
@@ -144,6 +147,7 @@ def _measure(writer: Offloader, prompts: list[str]) -> dict[str, float]:
         tokens[side] = max(0, tokens[side] - again.get(e, 0))
     return {
         **tokens,
+        "under_way": writer.under_way,
         "seconds": seconds,
         "tokens_per_s": sum(len(t.ids) for t in traces) / seconds,
         "reread_share": sum(reread) / sum(forward),
@@ -213,7 +217,7 @@ def _generate(small, prompts: list[str], batch: int, p: Params) -> dict[str, flo
             tokens += ends[0] + 1 if ends else len(row)
     seconds = time.perf_counter() - start
     small.model.set_attn_implementation(small.attention)
-    return {"small_tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
+    return {"small_tokens": tokens, "under_way": batch, "seconds": seconds, "tokens_per_s": tokens / seconds}
 
 
 def _closing_check(small, prompts: list[str], p: Params) -> dict[str, float]:

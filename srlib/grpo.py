@@ -109,7 +109,7 @@ def train(
     if rollout_small is not None:
         # In the place of TRL's own vLLM: TRL has it synchronised before each batch of rollouts, and corrects the
         # loss for what is sampled there with slightly other probabilities.
-        rollouts.vllm = _Synchronised(trainer, rollout_small, rollouts.offload.batch_size, folder / "rollouts")
+        rollouts.vllm = _Synchronised(trainer, rollout_small, rollouts.offload.slots, folder / "rollouts")
         trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, rollouts.vllm, -1
     trainer.remove_callback(PrinterCallback)
     found = {int(each.name.rpartition("-")[2]): each for each in (folder / "trainer").glob("checkpoint-*")}
@@ -228,7 +228,7 @@ class Rollouts:
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
             training = model.training
             model.eval()
-            small = TransformersEngine(model, self.tokenizer, slots=min(len(prompts), self.offload.batch_size))
+            small = TransformersEngine(model, self.tokenizer, slots=min(len(prompts), self.offload.slots))
             traces = self.write(small, prompts, step)
             model.train(training)
         return traces

@@ -218,7 +218,7 @@ def check(
         for policy in policies:
             one = None if isinstance(policy, Always) else small
             other = None if isinstance(policy, Never) else big
-            writer = Offloader(one, other, policy, **{**settings, "batch_size": batch}, seed=seed)
+            writer = Offloader(one, other, policy, **settings | {"batch_size": batch, "oversubscribe": 0}, seed=seed)
             tags = isinstance(policy, Learned)
             looks = writer.control_chunk if tags else 0
             options = {"shared": True, "slots": batch, "stream_chunk": writer.stream_chunk, "control_chunk": looks}

@@ -249,7 +249,7 @@ def needs(p: Params, stages: tuple[str, ...] = STAGES) -> list[Need]:
 
 def _needs(p: Params, stage: str) -> Iterator[Need]:
     workers = p.grpo.processes if stage == "03_grpo" else 1
-    slots = p.rollout_slots if stage == "03_grpo" else p.offload.batch_size
+    slots = p.rollout_slots if stage == "03_grpo" else p.offload.slots
     passes: dict[tuple[str, int], float] = {}  # by device and process: models of one process work in turn
     for side, model in models(p, stage).items():
         trained = side == "small" and stage in ("02_sft", "03_grpo")

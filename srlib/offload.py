@@ -28,6 +28,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import itertools
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
@@ -114,13 +115,13 @@ class _Side:
         self.sequence = None
         self.length = 0  # ids the sequence has, as far as they have been heard of
 
-    def start(self, **ask) -> Request:
-        """Have what is unread read and do what is asked, without waiting for it."""
+    def request(self, **ask) -> Request:
+        """To read what is unread and do what is asked: submitted where it is not waited for, else once it is yielded."""
         if self.sequence is None:
             self.sequence = self.engine.open([], self.sampling)
         feed, self.unread = self.unread, []
         self.length += len(feed)
-        return self.engine.submit(Request(self.sequence, feed, **ask))
+        return Request(self.sequence, feed, **ask)
 
     def answered(self, request: Request) -> None:
         """Take note of what `request`, which is done, has written.
@@ -135,7 +136,7 @@ class _Side:
     def read(self) -> None:
         """Have what is unread read while others work."""
         if self.unread:
-            self.start()
+            self.engine.submit(self.request())
 
     def take_back(self, tokens: int) -> None:
         """Take the last `tokens` ids back."""
@@ -208,7 +209,7 @@ class Writer:
         end = start + min(n, self.left)
         while True:
             before = len(self.trace.ids)
-            request = self.small.start(
+            request = self.small.request(
                 max_new=min(end - before, o.stream_chunk or o.max_tokens),
                 max_entropy=max_entropy,
                 recent=self.trace.ids[max(start, before - STOP_TAIL) : before],
@@ -235,7 +236,7 @@ class Writer:
     def big_writes(self, n: int) -> Steps:
         """Up to `n` tokens by the big model."""
         start, began = len(self.trace.ids), self.o.clock()
-        ended = yield from self._big_chunk(self._start_big(n), last=True)
+        ended = yield from self._big_chunk(self._ask_big(n), last=True)
         self._end_if(ended)
         self._handover(start, len(self.trace.ids), self.trace.finish or "chunk", began)
 
@@ -247,14 +248,14 @@ class Writer:
         """
         o, start, began, closed_by, tag = self.o, len(self.trace.ids), self.o.clock(), "", 0
         budget = min(budget or o.span_budget, o.span_budget)
-        request = self._start_big(min(o.control_chunk, budget))
+        request = self._ask_big(min(o.control_chunk, budget))
         while not closed_by:
             before = len(self.trace.ids)
             ended = yield from self._big_chunk(request)
             n, ahead = len(self.trace.ids) - before, None
             left = min(o.control_chunk, budget - (len(self.trace.ids) - start))
             if o.overlap and left > 0 and self.left > 0 and not ended:
-                ahead = self._start_big(left)
+                ahead = self.big.engine.submit(self._ask_big(left))
             if n > ended:
                 tag = yield from self._close_if_wanted(n, n - ended, ahead)
             if tag:
@@ -263,7 +264,7 @@ class Writer:
             self._end_if(ended)
             closed_by = self.trace.finish or ("budget" if left <= 0 else "")
             if not closed_by:
-                request = ahead or self._start_big(left)
+                request = ahead or self._ask_big(left)
         if closed_by == "budget" and self.to_small.held:
             self._take_back_big(n)
         end = len(self.trace.ids) - tag
@@ -286,7 +287,7 @@ class Writer:
         drafted: list[int] = []
         if asked:
             tags = () if self.o.plain_tags else self.o.tag_ids  # the big model does not know them
-            request = self.small.start(max_new=asked, stops=(*eos, *tags))
+            request = self.small.request(max_new=asked, stops=(*eos, *tags))
             yield request
             self.small.answered(request)
             tag = len(request.stopped) if request.stopped in tags else 0
@@ -295,7 +296,7 @@ class Writer:
                 self.small.take_back(tag)
         began = self.o.clock()
         self.big.unread += drafted
-        answer = self.big.start(ask=len(drafted) + 1)
+        answer = self.big.request(ask=len(drafted) + 1)
         yield answer
         self.big.answered(answer)
         kept = 0
@@ -315,8 +316,8 @@ class Writer:
         self._end_if((token,) in eos)
         self._handover(start, start + 1, self.trace.finish or "draft", began)
 
-    def _start_big(self, n: int) -> Request:
-        return self.big.start(max_new=min(n, self.left), stops=self.o.big_eos)
+    def _ask_big(self, n: int) -> Request:
+        return self.big.request(max_new=min(n, self.left), stops=self.o.big_eos)
 
     def _big_chunk(self, request: Request, last: bool = False) -> Generator[Request, None, bool]:
         """What `request` has the big model write; returns whether the text ended."""
@@ -350,7 +351,7 @@ class Writer:
         written. Returns its length, or 0.
         """
         close, o = self.trace.tags.close, self.o
-        request = self.small.start(ask=n, watch=close[0])
+        request = self.small.request(ask=n, watch=close[0])
         yield request
         self.small.answered(request)
         place = next((i for i, token in enumerate(request.own[:asked]) if token in o.may_close), None)
@@ -358,7 +359,7 @@ class Writer:
             return 0
         tries = None
         if o.plain_tags:  # it began like the tag: the small model writes on, and another word is taken back
-            tries = self.small.start(max_new=len(close) + 2, stop_texts=o.tag_texts)
+            tries = self.small.request(max_new=len(close) + 2, stop_texts=o.tag_texts)
             yield tries
             self.small.answered(tries)
             text = o.tokenizer.decode(tries.ids).lstrip()
@@ -443,12 +444,14 @@ class Offloader:
         span_budget: most tokens of one span.
         control_chunk: big tokens between two looks of the small model; tokens behind the place
             where it takes over are lost, so 1 wastes nothing. Always 1 if a tag is several tokens.
-        batch_size: traces written at the same time.
+        batch_size: most traces that one model is asked for at a time; the others wait for their turn.
         temperature, top_p, top_k: of both models; temperature 0 is greedy.
         big_temperature: of the big model, where it is to differ.
         stream_chunk: the big model reads along every so many tokens of the small one; 0: when asked.
         overlap: the big model writes its next chunk while the small one looks at the last; for
             engines that really work at the same time, as one in a process of its own does.
+        oversubscribe: traces under way beyond `batch_size`, as a part of it and as far as there are slots:
+            some write while others are with the big model.
         hint: text put behind every prompt that is given as text.
         seed: with the prompt, it fixes a trace, whatever is written beside it.
 
@@ -472,6 +475,7 @@ class Offloader:
         big_temperature: float | None = None,
         stream_chunk: int = 0,
         overlap: bool = False,
+        oversubscribe: float = 0.0,
         hint: str = "",
         seed: int = 0,
     ) -> None:
@@ -488,7 +492,9 @@ class Offloader:
         self.small_eos, self.big_eos = (tuple((i,) for i in engine.eos) if engine else () for engine in (small, big))
         self.running = [engine for engine in self.engines if engine.running]
         self.stepping = [engine for engine in self.engines if not engine.running]
-        self.batch_size = min(batch_size, *(engine.slots for engine in self.engines))
+        slots = min(engine.slots for engine in self.engines)
+        self.batch_size = min(batch_size, slots)
+        self.under_way = min(self.batch_size + math.ceil(oversubscribe * self.batch_size), slots)  # most traces
         self.tokenizer = self.engines[0].tokenizer
         self.tags = Tags.of(self.tokenizer)
         self.tag_ids = (self.tags.open, *self.tags.closes)
@@ -522,7 +528,7 @@ class Offloader:
         numbers: Iterable[int] | None = None,
         finished: Callable[[int, Trace], None] | None = None,
     ) -> list[Trace]:
-        """Write one trace for each prompt, text or ids, `batch_size` at a time.
+        """Write one trace for each prompt, text or ids.
 
         A prompt given k times is written with k different seeds. `controller_seconds` are those
         in which no engine was waited for.
@@ -543,7 +549,9 @@ class Offloader:
             seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])
             writers.append(Writer(self, ids, big_ids, seed))
         waiting = deque(writers)
-        under_way: dict[Request, tuple[Writer, Steps]] = {}
+        under_way: dict[Request, tuple[Writer, Steps, Any]] = {}  # with the engine that is waited for
+        asked = dict.fromkeys(self.engines, 0)  # how many wait for each
+        queues: dict[Any, deque[Request]] = {engine: deque() for engine in self.engines}  # beyond `batch_size`
         bar = tqdm(total=len(writers), desc=self.policy.name, unit="trace", disable=not progress, mininterval=1)
 
         def advance(writer: Writer, steps: Steps) -> None:
@@ -551,7 +559,14 @@ class Offloader:
             try:
                 while (request := next(steps)).done:
                     pass
-                under_way[request] = writer, steps
+                engine = (writer.big if request.sequence is writer.big.sequence else writer.small).engine
+                under_way[request] = writer, steps, engine
+                if asked[engine] >= self.batch_size and request.start is None:
+                    queues[engine].append(request)
+                    return
+                asked[engine] += 1
+                if request.start is None:
+                    engine.submit(request)
                 return
             except StopIteration:
                 pass
@@ -567,19 +582,25 @@ class Offloader:
         gc.freeze()  # what is loaded is no garbage: to go through it all again and again would cost a tenth of the time
         try:
             while waiting or under_way:
-                while waiting and len(under_way) < self.batch_size:
+                while waiting and len(under_way) < self.under_way:
                     writer = waiting.popleft()
                     advance(writer, iter(()) if writer.done else self.policy.write(writer))
-                asked = time.perf_counter()
+                before = time.perf_counter()
                 done = self._answers() if under_way else []
-                waited += time.perf_counter() - asked
+                waited += time.perf_counter() - before
                 for request in done:
                     request.done = True
-                    if request in under_way:  # else nobody waits for it
-                        advance(*under_way.pop(request))
+                    if request not in under_way:
+                        continue  # nobody waits for it
+                    writer, steps, engine = under_way.pop(request)
+                    asked[engine] -= 1
+                    if queues[engine] and asked[engine] < self.batch_size:
+                        asked[engine] += 1
+                        engine.submit(queues[engine].popleft())
+                    advance(writer, steps)
         finally:  # an interrupted run gives its slots back, too
             gc.unfreeze()
-            for writer, _ in under_way.values():
+            for writer, *_ in under_way.values():
                 writer.close()
             bar.close()
         if self.concurrent:  # an engine that runs by itself may have read on

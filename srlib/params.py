@@ -7,6 +7,7 @@ the file differs. This module knows names, types and limits; it knows nothing of
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -314,12 +315,19 @@ class Pipelining(Section):
         0, ge=0, description="the big model reads along every so many small tokens; 0: when asked"
     )
     overlap: bool = Field(False, description="the big model writes on while the small one looks at its last chunk")
+    oversubscribe: float = Field(
+        0.0, ge=0, description="traces under way beyond batch_size, as a part of it: they stand in for those at the big"
+    )
+
+    def under_way(self, batch_size: int) -> int:
+        """Traces under way when the small model writes `batch_size`: each needs a slot."""
+        return batch_size + math.ceil(batch_size * self.oversubscribe)
 
 
 class Offload(Pipelining):
     max_tokens: int = Field(96, ge=1, description="most tokens of one trace, tags included")
     span_budget: int = Field(8, ge=1, description="most tokens the big model writes in one span")
-    batch_size: int = Field(64, ge=1, description="traces written at the same time")
+    batch_size: int = Field(64, ge=1, description="most traces that one model is asked for at a time")
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: all tokens")
@@ -330,6 +338,11 @@ class Offload(Pipelining):
     def settings(self) -> dict[str, Any]:
         """The keyword arguments of an `Offloader`."""
         return self.model_dump(exclude={"n_demo"})
+
+    @property
+    def slots(self) -> int:
+        """Sequences an engine has open."""
+        return self.under_way(self.batch_size)
 
 
 class Evaluate(Section):
@@ -432,8 +445,9 @@ class Params(Section):
 
     @property
     def rollout_slots(self) -> int:
-        """Rollouts that one process of stage 03 writes at the same time."""
-        return min(self.grpo.rollouts_at_once or self.offload.batch_size, self.grpo.batch_size // self.grpo.processes)
+        """Rollouts that one process of stage 03 has under way."""
+        at_once = self.offload.under_way(self.grpo.rollouts_at_once or self.offload.batch_size)
+        return min(at_once, self.grpo.batch_size // self.grpo.processes)
 
     @property
     def run_dir(self) -> Path:

@@ -18,7 +18,7 @@ def test_bench_measures_every_policy_on_the_same_prompts(apart, pair, tokenizer,
 outputs: {tmp_path}
 pair: {{small: {{path: {tmp_path}/small}}, big: {{path: {tmp_path}/big}}}}
 data: {{test: {tmp_path}/test.jsonl}}
-bench: {{batch_sizes: [1, 4], repeats: 1, max_tokens: 12, big_process: {apart}, pipelined: {{stream_chunk: 3}}}}
+bench: {{batch_sizes: [1, 4], repeats: 1, max_tokens: 12, big_process: {apart}, pipelined: {{stream_chunk: 3, oversubscribe: 0.5}}}}
 """
     )
     assert main(["bench", str(file)]) == 0
@@ -38,6 +38,7 @@ bench: {{batch_sizes: [1, 4], repeats: 1, max_tokens: 12, big_process: {apart}, 
         if name.endswith("pipelined"):
             assert row["big_tokens"] == rows[batch, name.removesuffix(", pipelined")]["big_tokens"]
             assert row["big_read"] >= rows[batch, name.removesuffix(", pipelined")]["big_read"]
+        assert row["under_way"] == ({1: 2, 4: 6}[batch] if name.endswith("pipelined") else batch)
         if name != "generate":
             shares = [row[key] for key in ("small_share", "big_share", "controller_share", "idle_share")]
             assert 0.5 < sum(shares)

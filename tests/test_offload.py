@@ -89,6 +89,28 @@ def test_batch_of_64_equals_one_at_a_time(engines, prompts):
         assert [t.owners for t in together] == [t.owners for t in alone]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("policy", [Learned(), Random(0.9, 2)], ids=str)
+def test_others_stand_in_for_those_at_the_big_model(engines, prompts, policy, batch_size, monkeypatch):
+    settings_ = {"max_tokens": 32, "span_budget": 4, "batch_size": batch_size}
+    plain = Offloader(*engines, policy, **settings_).run(prompts)
+    small, big = engines
+    slots, sizes, opened = len(small._free), [], []  # sizes of the passes, and how many are open then
+    for e in engines:
+        forward = e._forward
+        monkeypatch.setattr(e, "_forward", lambda s, forward=forward: sizes.append(len(s)) or forward(s))
+        step = e.step
+        monkeypatch.setattr(e, "step", lambda e=e, step=step: opened.append(slots - len(e._free)) or step())
+    crowded = Offloader(*engines, policy, oversubscribe=0.5, **settings_)
+    traces = crowded.run(prompts)
+    assert crowded.under_way == {1: 2, 3: 5, 8: 12}[batch_size]
+    assert max(sizes) == batch_size  # no pass has more
+    assert batch_size < max(opened) <= crowded.under_way  # but more have a cache
+    assert [t.ids for t in traces] == [t.ids for t in plain]
+    assert [t.owners for t in traces] == [t.owners for t in plain]
+    assert len(small._free) == len(big._free) == slots
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 @pytest.mark.parametrize("policy", [Learned(), Random(0.3, 4), Random(0.9, 2)], ids=str)
 def test_every_token_is_processed_once(engines, prompts, policy, batch_size):

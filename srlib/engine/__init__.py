@@ -93,7 +93,7 @@ class Request:
     ask: int = 0
     watch: int | None = None
 
-    start: int = 0  # length of the sequence before `feed`, set by `submit`
+    start: int | None = None  # length of the sequence before `feed`, set by `submit`
     ids: list[int] = field(default_factory=list)  # decoded
     logprobs: list[float] = field(default_factory=list)  # of each decoded id
     own: list[int] = field(default_factory=list)
