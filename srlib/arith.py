@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from srlib import problems
 from srlib.params import Arith, ArithModel
@@ -66,21 +66,21 @@ def generate(config: Arith, split: str, seed: int) -> Iterator[Problem]:
         yield Problem(id=f"{split}-{len(seen) - 1}", prompt=prompt, answer=str(value), trace=trace, meta=meta)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Character-level tokenizer over printable ASCII; `<think>` and `</think>` are one token each."""
-    characters = [chr(code) for code in range(32, 127)]
+def tokenizer() -> Qwen2Tokenizer:
+    """Character-level tokenizer over printable ASCII; `<think>` and `</think>` are one token each.
+
+    Of the class that transformers loads beside a Qwen2 model, whatever was saved there.
+    """
+    characters = ["Ġ", *map(chr, range(33, 127))]  # a space, as byte-level vocabularies write it, and what is seen
     vocabulary = {token: i for i, token in enumerate([EOS, THINK, END_THINK, *characters])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([AddedToken(EOS, special=True)])
-    backend.add_tokens([AddedToken(THINK), AddedToken(END_THINK)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=EOS,
-        pad_token=EOS,
+    made = Qwen2Tokenizer(
+        vocabulary,
+        merges=[],
         clean_up_tokenization_spaces=False,
         chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
     )
+    made.add_tokens([AddedToken(THINK), AddedToken(END_THINK)])
+    return made
 
 
 def model(config: ArithModel, vocabulary: int, seed: int) -> Qwen2ForCausalLM:
@@ -212,7 +212,7 @@ def _steps(trace: str) -> list[str]:
     return trace.partition(THINK)[2].partition(END_THINK)[0].split(";")[:-1]
 
 
-def _collate(encode: PreTrainedTokenizerFast, batch: list[Problem]) -> dict[str, torch.Tensor]:
+def _collate(encode: Qwen2Tokenizer, batch: list[Problem]) -> dict[str, torch.Tensor]:
     """Right-padded ids (B, T) and labels (B, T); causal attention needs no mask for padding at the end."""
     ids, labels = [], []
     for problem in batch:

@@ -1,3 +1,4 @@
+import json
 from itertools import islice
 
 import pytest
@@ -43,7 +44,14 @@ def test_seed_decides():
 def test_tokenizer_saves_and_loads(tmp_path):
     made = arith.tokenizer()
     made.save_pretrained(tmp_path)
+    arith.model(CONFIG.small, len(made), 0).config.save_pretrained(tmp_path)  # it decides the tokenizer's class
     loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is type(made)
+    assert json.loads(loaded.backend_tokenizer.to_str()) == json.loads(made.backend_tokenizer.to_str())
+    printable = "".join(map(chr, range(32, 127)))
+    for each in (made, loaded):
+        assert each.encode(printable) == list(range(3, 98))
+        assert each.decode(each.encode(f"{printable} 1 + 2")) == f"{printable} 1 + 2"
     for problem in islice(arith.generate(CONFIG, "test", 0), 50):
         ids = loaded.encode(problem.trace)
         assert ids == made.encode(problem.trace)
