@@ -31,6 +31,7 @@ from srlib.offload import BIG, Offloader, Trace
 from srlib.params import Params
 from srlib.policies import Always, Learned, Never, Policy, Random, Speculative
 from srlib.problems import encode_prompts
+from srlib.translate import same_vocabulary
 
 COLUMNS = ("efficiency", "with_reading", "reread_share", "small_share", "big_share", "controller_share", "idle_share")
 
@@ -66,12 +67,15 @@ def run(p: Params) -> dict[str, Any]:
         policies += [(policy, small, beside, settings) for policy in again]
     n = most * p.bench.traces_per_slot
     tasks = problems.load(p.test)
-    prompts = [tasks[i % len(tasks)].prompt for i in range(n)]
+    texts = [tasks[i % len(tasks)].prompt for i in range(n)]
+    encoded = encode_prompts(small.tokenizer, [text + p.offload.hint for text in texts])
+    # Cutting prompts into tokens is no part of what is measured, but where each model needs its own.
+    prompts = encoded if same_vocabulary(small.tokenizer, big.tokenizer) else texts
     rows, checks = [], []
     steps = len(p.bench.batch_sizes) * (len(policies) + (not small.running)) * (p.bench.repeats + 1)
     bar = tqdm(total=steps, desc="bench", unit="policy")
     for batch in p.bench.batch_sizes:
-        asked = prompts[: batch * p.bench.traces_per_slot]
+        asked = slice(batch * p.bench.traces_per_slot)
         prefill = {
             side: latency.calibrate(e, batch, repeats=p.bench.repeats).prefill
             for side, e in (("small", small), ("big", big))
@@ -82,15 +86,15 @@ def run(p: Params) -> dict[str, Any]:
         for _ in range(p.bench.repeats + 1):
             measured = {}
             for writer in writers:
-                measured[writer.policy.name] = _measure(writer, asked)
+                measured[writer.policy.name] = _measure(writer, prompts[asked])
                 bar.update()
             if not small.running:
-                measured["generate"] = _generate(small, asked, batch, p)
+                measured["generate"] = _generate(small, encoded[asked], batch, p)
                 bar.update()
             rounds.append(_relative(measured, prefill))
         rows += [{"batch": batch, "policy": name, **_median([r[name] for r in rounds[1:]])} for name in rounds[0]]
         if not small.running:
-            checks.append({"batch": batch, **_closing_check(small, asked[:batch], p)})
+            checks.append({"batch": batch, **_closing_check(small, encoded[:batch], p)})
     bar.close()
     return {"rows": rows, "closing_check": checks, "tuned": tuned.adapter is not None or p.pair.tuned is not None}
 
@@ -128,7 +132,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measure(writer: Offloader, prompts: list[str]) -> dict[str, float]:
+def _measure(writer: Offloader, prompts: list[Any]) -> dict[str, float]:
     """One run: tokens, seconds, and where they went."""
     before = [(e.counters.seconds, e.counters.reread_tokens, e.counters.forward_tokens) for e in writer.engines]
     start = time.perf_counter()
@@ -198,9 +202,8 @@ def _median(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def _generate(small, prompts: list[str], batch: int, p: Params) -> dict[str, float]:
+def _generate(small, encoded: list[list[int]], batch: int, p: Params) -> dict[str, float]:
     """The small model through transformers' own `generate`, `batch` prompts at a time, greedy."""
-    encoded = encode_prompts(small.tokenizer, prompts)
     eos = sorted(small.eos)
     small.model.set_attn_implementation("sdpa")
     tokens, start = 0, time.perf_counter()
@@ -220,13 +223,12 @@ def _generate(small, prompts: list[str], batch: int, p: Params) -> dict[str, flo
     return {"small_tokens": tokens, "under_way": batch, "seconds": seconds, "tokens_per_s": tokens / seconds}
 
 
-def _closing_check(small, prompts: list[str], p: Params) -> dict[str, float]:
+def _closing_check(small, encoded: list[list[int]], p: Params) -> dict[str, float]:
     """Seconds of a pass that asks at each of n tokens, and of n passes, relative to one that only reads them."""
     n = min(p.offload.span_budget, 8)
     timed = {"read": [], "one_pass": [], "separate": []}
     for _ in range(p.bench.repeats + 1):
-        sequences = [small.open([]) for _ in prompts]
-        encoded = encode_prompts(small.tokenizer, prompts)
+        sequences = [small.open([]) for _ in encoded]
         small.run(*(Request(s, feed=ids) for s, ids in zip(sequences, encoded)))
         for how, parts, ask in (("read", [n], 0), ("one_pass", [n], n), ("separate", [1] * n, 1)):
             start = time.perf_counter()

@@ -161,8 +161,8 @@ class Writer:
         self.o, self.seed = offloader, seed
         self.trace = Trace(list(prompt_ids), offloader.tags)
         # One seed for both: where they agree on a token's distribution they draw the same token.
-        self.small = _Side(offloader.small, prompt_ids, offloader.sampling._replace(seed=seed))
-        self.big = _Side(offloader.big, big_prompt_ids, offloader.big_sampling._replace(seed=seed))
+        self.small = _Side(offloader.small, prompt_ids, Sampling(*offloader.sampling, seed))
+        self.big = _Side(offloader.big, big_prompt_ids, Sampling(*offloader.big_sampling, seed))
         rooms = [
             engine.context - len(ids)
             for engine, ids in ((offloader.small, prompt_ids), (offloader.big, big_prompt_ids))
@@ -223,14 +223,11 @@ class Writer:
             if o.big is not None:  # it reads along, but for what may be the beginning of a tag
                 self._show(start, STOP_TAIL if tags and o.plain_tags else 0)
                 self.big.read()
-        tag = None
-        if isinstance(request.stopped, str):
-            tag = self._settle(request.stopped)
-        elif request.stopped in o.tag_ids:
-            tag = o.tag_texts[o.tag_ids.index(request.stopped)]
-        self._end_if(request.stopped in eos)
+        stopped = request.stopped
+        tag = self._settle(stopped) if isinstance(stopped, str) else o.tag_of.get(stopped)
+        self._end_if(stopped in eos)
         if not self.done:
-            self._show(start, len(o.tag_ids[o.tag_texts.index(tag)]) if tag else 0, last=True)
+            self._show(start, len(o.ids_of[tag]) if tag else 0, last=True)
         return tag or ("unsure" if request.unsure else None)
 
     def big_writes(self, n: int) -> Steps:
@@ -359,11 +356,11 @@ class Writer:
             return 0
         tries = None
         if o.plain_tags:  # it began like the tag: the small model writes on, and another word is taken back
-            tries = self.small.request(max_new=len(close) + 2, stop_texts=o.tag_texts)
+            tries = self.small.request(max_new=len(close) + 2, stop_texts=spans.SPELLINGS)
             yield tries
             self.small.answered(tries)
             text = o.tokenizer.decode(tries.ids).lstrip()
-            if not text.startswith(o.tag_texts[1:]):
+            if not text.startswith(spans.SPELLINGS[1:]):
                 self.small.take_back(len(tries.ids))
                 return 0
         if ahead is not None:
@@ -392,8 +389,8 @@ class Writer:
         kept = len(tail)
         while not text[:at].startswith(before := o.tokenizer.decode(tail[:kept])):
             kept -= 1
-        tag = o.tag_texts[0] if tag == o.tag_texts[0] else o.tag_texts[1]
-        written = list(o.tag_ids[o.tag_texts.index(tag)])
+        tag = spans.OPEN if tag == spans.OPEN else spans.CLOSE
+        written = list(o.ids_of[tag])
         again = o.tokenizer.encode(text[len(before) : at], add_special_tokens=False) + written
         if again != tail[kept:] and self.left + len(tail) - kept >= len(again):
             self.small.take_back(len(tail) - kept)
@@ -482,10 +479,8 @@ class Offloader:
         self.policy = policy
         self.max_tokens, self.span_budget = max_tokens, span_budget
         self.stream_chunk, self.overlap, self.hint, self.seed = stream_chunk, overlap, hint, seed
-        self.sampling = Sampling(temperature, top_p, top_k)
-        self.big_sampling = self.sampling
-        if big_temperature is not None:
-            self.big_sampling = self.sampling._replace(temperature=big_temperature)
+        self.sampling = (temperature, top_p, top_k)
+        self.big_sampling = (temperature if big_temperature is None else big_temperature, top_p, top_k)
         self.small, self.big = small, big
         self.engines = [engine for engine in (small, big) if engine is not None]
         # Where a request is to stop: at the end of the text, or of the small model's at a tag, too.
@@ -498,7 +493,8 @@ class Offloader:
         self.tokenizer = self.engines[0].tokenizer
         self.tags = Tags.of(self.tokenizer)
         self.tag_ids = (self.tags.open, *self.tags.closes)
-        self.tag_texts = spans.SPELLINGS
+        self.tag_of = dict(zip(self.tag_ids, spans.SPELLINGS))
+        self.ids_of = dict(zip(spans.SPELLINGS, self.tag_ids))
         self.plain_tags = len(self.tags.close) > 1
         self.tag_tokens = {ids[0] for ids in self.tag_ids if len(ids) == 1}
         self.tag_ends: dict[str, Any] = {"stops": (*self.tag_ids, *self.small_eos)}
@@ -506,8 +502,8 @@ class Offloader:
         self.control_chunk = control_chunk
         if self.plain_tags:
             self.control_chunk = 1
-            self.tag_ends = {"stops": self.small_eos, "stop_texts": self.tag_texts}
-            self.may_close = _beginnings(self.tokenizer, self.tag_texts[1:])
+            self.tag_ends = {"stops": self.small_eos, "stop_texts": spans.SPELLINGS}
+            self.may_close = _beginnings(self.tokenizer, spans.SPELLINGS[1:])
         self.bridge = Bridge(self.tokenizer, self.engines[-1].tokenizer)
         if isinstance(policy, Speculative) and not self.bridge.same:
             raise SrlibError("Speculative decoding needs two models of one vocabulary; these have different ones.")
@@ -543,10 +539,11 @@ class Offloader:
         writers = []
         given = iter(numbers) if numbers is not None else None
         for ids, big_ids in self._encode(list(prompts)):
-            number = times_seen[tuple(ids)] if given is None else next(given)
-            key = f"{self.seed} {number} {ids}"
-            times_seen[tuple(ids)] += 1
-            seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])
+            key = tuple(ids)
+            number = times_seen[key] if given is None else next(given)
+            times_seen[key] += 1
+            text = f"{self.seed} {number} {ids}"
+            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
             writers.append(Writer(self, ids, big_ids, seed))
         waiting = deque(writers)
         under_way: dict[Request, tuple[Writer, Steps, Any]] = {}  # with the engine that is waited for
@@ -603,7 +600,7 @@ class Offloader:
             for writer, *_ in under_way.values():
                 writer.close()
             bar.close()
-        if self.concurrent:  # an engine that runs by itself may have read on
+        if self.concurrent and (self.stream_chunk or self.overlap):  # an engine may have worked on
             for writer in writers:
                 writer.count()
         self.controller_seconds = self.clock() - waited

@@ -203,12 +203,12 @@ class Same:
         self._out: list[int] = []
 
     def feed(self, ids: list[int], last: bool = False) -> list[int]:
-        self._out = list(ids)
-        return list(ids)
+        self._out = ids
+        return ids
 
     def rewind(self, kept: int) -> tuple[int, list[int]]:
         taken = len(self._out[kept:])
-        del self._out[kept:]
+        self._out = self._out[:kept]
         return taken, []
 
 

@@ -100,8 +100,8 @@ class ProcessEngine(Running):
         request.sequence.ids += request.feed
         name = next(self._names)
         self._under_way[name] = request
-        asked = (request.feed, request.max_new, request.stops, request.stop_texts, request.recent)
-        asked = (*asked, request.max_entropy, request.ask, request.watch)
+        r = request
+        asked = (r.feed, r.max_new, r.stops, r.stop_texts, r.recent, r.max_entropy, r.ask, r.watch)
         self._orders.append(("submit", name, request.sequence.slot, asked))
         return request
 
