@@ -65,9 +65,9 @@ def run(p: Params) -> dict[str, Any]:
             beside = engine.load(p.big.model_copy(update={"process": True}), slots)
         again = [replace(policy, name=f"{policy.name}, pipelined") for policy in mixed if policy.name != "speculative"]
         policies += [(policy, small, beside, settings) for policy in again]
-    n = most * p.bench.traces_per_slot
+    numbers = {batch: max(p.bench.min_traces, batch * p.bench.traces_per_slot) for batch in p.bench.batch_sizes}
     tasks = problems.load(p.test)
-    texts = [tasks[i % len(tasks)].prompt for i in range(n)]
+    texts = [tasks[i % len(tasks)].prompt for i in range(max(numbers.values()))]
     encoded = encode_prompts(small.tokenizer, [text + p.offload.hint for text in texts])
     # Cutting prompts into tokens is no part of what is measured, but where each model needs its own.
     prompts = encoded if same_vocabulary(small.tokenizer, big.tokenizer) else texts
@@ -75,7 +75,7 @@ def run(p: Params) -> dict[str, Any]:
     steps = len(p.bench.batch_sizes) * (len(policies) + (not small.running)) * (p.bench.repeats + 1)
     bar = tqdm(total=steps, desc="bench", unit="policy")
     for batch in p.bench.batch_sizes:
-        asked = slice(batch * p.bench.traces_per_slot)
+        asked = slice(numbers[batch])
         prefill = {
             side: latency.calibrate(e, batch, repeats=p.bench.repeats).prefill
             for side, e in (("small", small), ("big", big))

@@ -386,6 +386,7 @@ class Bench(Section):
     repeats: int = Field(3, ge=1, description="runs whose median is taken, after one to warm up")
     max_tokens: int = Field(64, ge=2, description="tokens of a trace")
     traces_per_slot: int = Field(2, ge=1, description="traces for each of the batch's places")
+    min_traces: int = Field(16, ge=1, description="traces at least; of a few, random may give none to the big model")
     random_share: float = Field(0.05, gt=0, lt=1)
     random_chunk: int = Field(16, ge=1)
     draft_tokens: int = Field(4, ge=1, description="tokens the small model drafts in speculative decoding")
