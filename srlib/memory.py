@@ -402,6 +402,8 @@ def _knobs(p: Params, stage: str) -> Iterator[tuple[str, list[Any]]]:
             yield _cache_key(side), [round(x * one + 0.05, 1) for x in (64, 16, 4, 1) if x * one != size]
     if not p.offload.stream_chunk:
         yield "offload.stream_chunk", [256]
+    if p.offload.oversubscribe:
+        yield "offload.oversubscribe", [0]
     at_once = "grpo.rollouts_at_once" if stage == "03_grpo" and p.grpo.rollouts_at_once else "offload.batch_size"
     yield at_once, down(p.grpo.rollouts_at_once if "grpo" in at_once else p.offload.batch_size, 1)
     for side in ("big", "small"):

@@ -116,7 +116,7 @@ class _Side:
         self.length = 0  # ids the sequence has, as far as they have been heard of
 
     def request(self, **ask) -> Request:
-        """To read what is unread and do what is asked: submitted where it is not waited for, else once it is yielded."""
+        """To read what is unread and do what is asked; to yield it is to submit it and wait for it."""
         if self.sequence is None:
             self.sequence = self.engine.open([], self.sampling)
         feed, self.unread = self.unread, []
@@ -155,7 +155,10 @@ class _Side:
 
 
 class Writer:
-    """The writing of one trace: what a policy may do with it. What takes time is a generator of requests."""
+    """The writing of one trace: what a policy may do with it. What takes time is a generator of requests.
+
+    A request that is yielded is submitted as soon as fewer than `batch_size` wait for its model.
+    """
 
     def __init__(self, offloader: Offloader, prompt_ids: list[int], big_prompt_ids: list[int], seed: int) -> None:
         self.o, self.seed = offloader, seed

@@ -107,6 +107,7 @@ def test_bf16_of_the_32b_is_refused_on_24_gib_and_the_mend_mends(capsys):
             "sft.gradient_checkpointing: True",
         ),
         ("gpu24", "05_evaluate", {"offload.batch_size": 8}, "offload.batch_size: 1"),
+        ("gpu24", "05_evaluate", {"offload.oversubscribe": 2}, "fits with offload.oversubscribe: 0 ("),
         (
             "gpu24",
             "04_offload",

@@ -190,6 +190,7 @@ class Scripted:
     def __init__(self, tokenizer, script, own=lambda position: 5, context=10_000):
         self.tokenizer, self.script, self.own, self.context = tokenizer, script, own, context
         self.slots, self.eos, self.pending, self.read = 4, {EOS}, [], []
+        self.most = 0  # requests at a time
 
     def open(self, ids, sampling=GREEDY):
         return Sequence(0, list(ids), sampling)
@@ -213,6 +214,7 @@ class Scripted:
 
     def step(self):
         done, self.pending = self.pending, []
+        self.most = max(self.most, len(done))
         for request in done:
             ids = request.sequence.ids
             request.own = [self.own(len(ids) - i) for i in range(request.ask)][::-1]
@@ -245,6 +247,7 @@ def test_random_handovers_against_the_reference(tokenizer, data):
     closes = data.draw(st.lists(st.booleans(), min_size=1, max_size=10))
     max_tokens, span_budget, chunk = (data.draw(st.integers(1, n)) for n in (30, 6, 4))
     pipelining = {"stream_chunk": data.draw(st.integers(0, 3)), "overlap": data.draw(st.booleans())}
+    crowd = {"batch_size": data.draw(st.integers(1, 3)), "oversubscribe": data.draw(st.sampled_from([0, 0.5, 2]))}
     prompt = [50, 51, 52]
 
     def small_next(n):
@@ -257,9 +260,11 @@ def test_random_handovers_against_the_reference(tokenizer, data):
         return closing if closes[n % len(closes)] else 5
 
     small, big = Scripted(tokenizer, small_next, own), Scripted(tokenizer, big_next)
-    (trace,) = Offloader(
-        small, big, Learned(), max_tokens=max_tokens, span_budget=span_budget, control_chunk=chunk, **pipelining
-    ).run([prompt])
+    settings_ = {"max_tokens": max_tokens, "span_budget": span_budget, "control_chunk": chunk, **pipelining, **crowd}
+    trace, *others = Offloader(small, big, Learned(), **settings_).run([prompt] * data.draw(st.integers(1, 5)))
+    assert all((t.ids, t.owners) == (trace.ids, trace.owners) for t in others)
+    if not (pipelining["stream_chunk"] or pipelining["overlap"]):  # what nobody waits for is not counted
+        assert max(small.most, big.most) <= crowd["batch_size"]
 
     def reference_small(ids):
         last = trace_owner(ids)
