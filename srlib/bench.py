@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from srlib import engine, latency, pipeline, problems
 from srlib.engine import Request
 from srlib.offload import BIG, Offloader, Trace
-from srlib.params import Params
+from srlib.params import Params, slots_for
 from srlib.policies import Always, Learned, Never, Policy, Random, Speculative
 from srlib.problems import encode_prompts
 from srlib.translate import same_vocabulary
@@ -49,7 +49,7 @@ def run(p: Params) -> dict[str, Any]:
     """
     most = max(p.bench.batch_sizes)
     tuned = p.tuned if p.tuned.adapter is None or Path(p.tuned.adapter).exists() else p.small
-    slots = max(way.under_way(most) for way in (p.offload, p.bench.pipelined) if way is not None)
+    slots = max(slots_for(most, way.oversubscribe) for way in (p.offload, p.bench.pipelined) if way is not None)
     small, big = engine.load(tuned, slots), engine.load(p.big, slots)
     mixed = (Learned(), Random(p.bench.random_share, p.bench.random_chunk), Speculative(p.bench.draft_tokens))
     mixed = [policy for policy in mixed if policy.name in p.bench.policies]

@@ -28,7 +28,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import itertools
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
@@ -40,6 +39,7 @@ from tqdm.auto import tqdm
 
 from srlib import SrlibError, spans
 from srlib.engine import STOP_TAIL, Request, Sampling
+from srlib.params import slots_for
 from srlib.policies import Policy, Speculative
 from srlib.problems import encode_for_each
 from srlib.spans import Tags
@@ -492,7 +492,7 @@ class Offloader:
         self.stepping = [engine for engine in self.engines if not engine.running]
         slots = min(engine.slots for engine in self.engines)
         self.batch_size = min(batch_size, slots)
-        self.under_way = min(self.batch_size + math.ceil(oversubscribe * self.batch_size), slots)  # most traces
+        self.under_way = min(slots_for(self.batch_size, oversubscribe), slots)  # most traces
         self.tokenizer = self.engines[0].tokenizer
         self.tags = Tags.of(self.tokenizer)
         self.tag_ids = (self.tags.open, *self.tags.closes)
@@ -551,7 +551,7 @@ class Offloader:
         waiting = deque(writers)
         under_way: dict[Request, tuple[Writer, Steps, Any]] = {}  # with the engine that is waited for
         asked = dict.fromkeys(self.engines, 0)  # how many wait for each
-        queues: dict[Any, deque[Request]] = {engine: deque() for engine in self.engines}  # beyond `batch_size`
+        queues: dict[Any, deque[Request]] = {engine: deque() for engine in self.engines}  # not submitted yet
         bar = tqdm(total=len(writers), desc=self.policy.name, unit="trace", disable=not progress, mininterval=1)
 
         def advance(writer: Writer, steps: Steps) -> None:
@@ -561,12 +561,10 @@ class Offloader:
                     pass
                 engine = (writer.big if request.sequence is writer.big.sequence else writer.small).engine
                 under_way[request] = writer, steps, engine
-                if asked[engine] >= self.batch_size and request.start is None:
-                    queues[engine].append(request)
-                    return
-                asked[engine] += 1
                 if request.start is None:
-                    engine.submit(request)
+                    queues[engine].append(request)
+                else:  # submitted before it was waited for
+                    asked[engine] += 1
                 return
             except StopIteration:
                 pass
@@ -585,19 +583,19 @@ class Offloader:
                 while waiting and len(under_way) < self.under_way:
                     writer = waiting.popleft()
                     advance(writer, iter(()) if writer.done else self.policy.write(writer))
+                for engine, queue in queues.items():
+                    while queue and asked[engine] < self.batch_size:
+                        engine.submit(queue.popleft())
+                        asked[engine] += 1
                 before = time.perf_counter()
                 done = self._answers() if under_way else []
                 waited += time.perf_counter() - before
                 for request in done:
                     request.done = True
-                    if request not in under_way:
-                        continue  # nobody waits for it
-                    writer, steps, engine = under_way.pop(request)
-                    asked[engine] -= 1
-                    if queues[engine] and asked[engine] < self.batch_size:
-                        asked[engine] += 1
-                        engine.submit(queues[engine].popleft())
-                    advance(writer, steps)
+                    if request in under_way:  # else nobody waits for it
+                        writer, steps, engine = under_way.pop(request)
+                        asked[engine] -= 1
+                        advance(writer, steps)
         finally:  # an interrupted run gives its slots back, too
             gc.unfreeze()
             for writer, *_ in under_way.values():

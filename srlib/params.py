@@ -319,10 +319,6 @@ class Pipelining(Section):
         0.0, ge=0, description="traces under way beyond batch_size, as a part of it: they stand in for those at the big"
     )
 
-    def under_way(self, batch_size: int) -> int:
-        """Traces under way when the small model writes `batch_size`: each needs a slot."""
-        return batch_size + math.ceil(batch_size * self.oversubscribe)
-
 
 class Offload(Pipelining):
     max_tokens: int = Field(96, ge=1, description="most tokens of one trace, tags included")
@@ -342,7 +338,7 @@ class Offload(Pipelining):
     @property
     def slots(self) -> int:
         """Sequences an engine has open."""
-        return self.under_way(self.batch_size)
+        return slots_for(self.batch_size, self.oversubscribe)
 
 
 class Evaluate(Section):
@@ -447,7 +443,7 @@ class Params(Section):
     @property
     def rollout_slots(self) -> int:
         """Rollouts that one process of stage 03 has under way."""
-        at_once = self.offload.under_way(self.grpo.rollouts_at_once or self.offload.batch_size)
+        at_once = slots_for(self.grpo.rollouts_at_once or self.offload.batch_size, self.offload.oversubscribe)
         return min(at_once, self.grpo.batch_size // self.grpo.processes)
 
     @property
@@ -524,6 +520,11 @@ Model = TypeVar("Model", bound=BaseModel)
 def find(path: str | Path) -> Path | None:
     """`path` as it is seen from here or, failing that, from the clone; None if in neither."""
     return next((p for p in (Path(path), ROOT / path) if p.exists()), None)
+
+
+def slots_for(batch_size: int, oversubscribe: float) -> int:
+    """Slots for the traces under way at a batch size."""
+    return batch_size + math.ceil(batch_size * oversubscribe)
 
 
 def load(path: str | Path, **overrides: Any) -> Params:

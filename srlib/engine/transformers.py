@@ -180,7 +180,6 @@ class TransformersEngine:
         self.counters = Counters()
         self.pending: list[Request] = []
         self._free = list(range(slots))[::-1]
-        self._asked = [0] * slots  # requests under way, by slot
         self._cache = _Slots(slots, self.context)
         # (K, G) numbers of the query heads of each key
         self._heads = np.arange(config.num_attention_heads).reshape(config.num_key_value_heads, -1)
@@ -203,9 +202,7 @@ class TransformersEngine:
 
     def close(self, sequence: Sequence) -> None:
         """Give the slot back; what was asked for the sequence is forgotten."""
-        if self._asked[sequence.slot]:
-            self._asked[sequence.slot] = 0
-            self.pending = [r for r in self.pending if r.sequence is not sequence]
+        self.pending = [r for r in self.pending if r.sequence is not sequence]
         self._free.append(sequence.slot)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
@@ -218,7 +215,6 @@ class TransformersEngine:
         """Ask for work; it is done in later steps."""
         request.start = len(request.sequence.ids)
         request.sequence.ids += request.feed
-        self._asked[request.sequence.slot] += 1
         self.pending.append(request)
         return request
 
@@ -226,7 +222,6 @@ class TransformersEngine:
         """Take a request back: it is not answered, and the sequence is as it was before it."""
         if request in self.pending:
             self.pending.remove(request)
-            self._asked[request.sequence.slot] -= 1
         self.truncate(request.sequence, request.start)
 
     def run(self, *requests: Request) -> list[Request]:
@@ -249,8 +244,6 @@ class TransformersEngine:
         asking = self._forward(sorted(behind.values(), key=lambda s: s.slot)) if behind else []
         ended = self._draw(writing, asking)
         done = [r for r in self.pending if not r.max_new or r in ended]
-        for request in done:
-            self._asked[request.sequence.slot] -= 1
         self.pending = [r for r in self.pending if r.max_new and r not in ended]
         self.counters.seconds += time.perf_counter() - start
         return done
