@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from srlib import SrlibError, memory, params, pipeline, report, sweep
+from srlib import SrlibError, params
+from srlib.cost import memory
+from srlib.evaluation import report
+from srlib.run import pipeline, sweep
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             return sweep.run(sweep.plan(chosen.params, chosen.set, chosen.seeds, chosen.name), max(1, chosen.jobs))
         p = params.load(chosen.params, **dict(map(params.parse_override, chosen.set)))
         if chosen.command == "bench":
-            from srlib import bench  # here, as it takes seconds to import what it needs
+            from srlib.run import bench  # here, as it takes seconds to import what it needs
 
             return bench.main(p)
         if chosen.command == "plan":

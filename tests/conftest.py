@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
-import srlib  # noqa: F401  (first: it sets the environment that torch reads when imported)
-
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from srlib import arith, sft
+import srlib  # noqa: F401  (first: it sets the environment that torch reads when imported)
+from srlib.data import arith
+from srlib.engine import adapters
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import Arith
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config, items):
 def tokenizer():
     """The arithmetic tokenizer with the tags as tokens."""
     made = arith.tokenizer()
-    sft.add_tags(made)
+    adapters.add_tags(made)
     return made
 
 

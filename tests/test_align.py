@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from srlib.align import align, _units
+from srlib.annotation.alignment import _units, align
 
 EDITS = 0.05  # of a snippet's characters
 LATEX_SPACES = (" ", "\\,", "\\;", "\\ ")

@@ -6,11 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlib import SrlibError, align, annotate, arith, spans
+from srlib import SrlibError
+from srlib.annotation import alignment, annotators
+from srlib.data import arith, spans
+from srlib.data.rows import Problem
+from srlib.data.spans import Span
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import Annotate, Arith
-from srlib.problems import Problem
-from srlib.spans import Span
 from tests.conftest import random_model
 
 
@@ -23,7 +25,7 @@ from tests.conftest import random_model
 )
 def test_choice_keeps_its_budgets(gaps, threshold, merge_gap, size, share):
     config = Annotate(threshold=threshold, merge_gap=merge_gap, max_span_tokens=size, max_share=share)
-    chosen = annotate.choose(gaps, config)
+    chosen = annotators.choose(gaps, config)
     marked = {i for start, end in chosen for i in range(start, end)}
     assert chosen == sorted(chosen)
     assert len(marked) == sum(end - start for start, end in chosen) <= share * len(gaps)
@@ -40,14 +42,14 @@ def test_choice_keeps_its_budgets(gaps, threshold, merge_gap, size, share):
 
 def test_choice_prefers_wide_gaps():
     config = Annotate(threshold=0.5, max_share=0.2)
-    assert annotate.choose([0.0, 1.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 2.0], config) == [(5, 6), (9, 10)]
+    assert annotators.choose([0.0, 1.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 2.0], config) == [(5, 6), (9, 10)]
 
 
 def test_gap_is_the_difference_of_two_full_passes(engines, pair, tokenizer):
     problems = list(islice(arith.generate(Arith(min_steps=1, max_steps=5), "traces", 0), 12))
     small, big = engines
     config = Annotate(threshold=2.0, max_share=1.0, batch_size=5)
-    rows = {row.id: row for row in annotate.gap(small, big, problems, config)}
+    rows = {row.id: row for row in annotators.gap(small, big, problems, config)}
     # two prefills a trace: each model has processed each trace exactly once
     total = sum(len(tokenizer.encode(x.prompt)) + len(tokenizer.encode(x.trace)) for x in problems)
     assert small.counters.forward_tokens == big.counters.forward_tokens == total
@@ -70,18 +72,18 @@ def test_gap_is_the_difference_of_two_full_passes(engines, pair, tokenizer):
 def test_a_number_is_marked_as_a_whole(tokenizer):
     text = "<think>12*34=408;</think>"
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    whole = align.units(text, offsets)
+    whole = alignment.units(text, offsets)
     assert [text[offsets[s.start][0] : offsets[s.end - 1][1]] for s in whole] == ["12", "34", "408"]
     gaps = [0.0] * len(offsets)
     gaps[whole[2].start + 1] = 3.0
-    assert annotate.choose(gaps, Annotate(threshold=1), whole) == [whole[2]]
+    assert annotators.choose(gaps, Annotate(threshold=1), whole) == [whole[2]]
     # tokens of several characters, one of them on both sides of a number's end
-    assert align.units("a12b", [(0, 2), (2, 4)]) == [(0, 2)]
+    assert alignment.units("a12b", [(0, 2), (2, 4)]) == [(0, 2)]
 
 
 def test_gap_needs_traces_and_one_vocabulary(engines):
     with pytest.raises(SrlibError, match="Problem 7 has no worked trace"):
-        list(annotate.gap(*engines, [Problem(id="7", prompt="?", answer="1")], Annotate()))
+        list(annotators.gap(*engines, [Problem(id="7", prompt="?", answer="1")], Annotate()))
 
 
 def test_gap_needs_one_vocabulary(engines):
@@ -92,4 +94,4 @@ def test_gap_needs_one_vocabulary(engines):
     with pytest.raises(
         SrlibError, match="do not share a vocabulary: 1 tokens of the big one differ, such as '<other>'"
     ):
-        next(annotate.gap(engines[0], foreign, [problem], Annotate()))
+        next(annotators.gap(engines[0], foreign, [problem], Annotate()))

@@ -4,9 +4,10 @@ from itertools import islice
 import pytest
 from transformers import AutoTokenizer
 
-from srlib import arith
-from srlib.grade import grade
+from srlib.data import arith
+from srlib.data.grade import grade
 from srlib.params import Arith
+from srlib.training import arith_pair
 
 CONFIG = Arith(min_steps=1, max_steps=6)
 
@@ -44,7 +45,7 @@ def test_seed_decides():
 def test_tokenizer_saves_and_loads(tmp_path):
     made = arith.tokenizer()
     made.save_pretrained(tmp_path)
-    arith.model(CONFIG.small, len(made), 0).config.save_pretrained(tmp_path)  # it decides the tokenizer's class
+    arith_pair.model(CONFIG.small, len(made), 0).config.save_pretrained(tmp_path)  # it decides the tokenizer's class
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert type(loaded) is type(made)
     assert json.loads(loaded.backend_tokenizer.to_str()) == json.loads(made.backend_tokenizer.to_str())
@@ -71,12 +72,12 @@ def test_training_learns_something(tmp_path):
     config = Arith(
         min_steps=1, max_steps=2, small={"train_steps": 30}, big={"train_steps": 1, "num_attention_heads": 1}
     )
-    losses = arith.make_pair(config, 0, tmp_path)
+    losses = arith_pair.make_pair(config, 0, tmp_path)
     assert len(losses["small"]) == 30
     assert sum(losses["small"][-5:]) < 0.7 * sum(losses["small"][:5])
     weights = tmp_path / "small" / "model.safetensors"
     made = weights.stat().st_mtime_ns
-    assert arith.make_pair(config, 0, tmp_path) == losses  # kept, not trained again
+    assert arith_pair.make_pair(config, 0, tmp_path) == losses  # kept, not trained again
     assert weights.stat().st_mtime_ns == made
-    arith.make_pair(config.model_copy(update={"batch_size": 8}), 0, tmp_path)
+    arith_pair.make_pair(config.model_copy(update={"batch_size": 8}), 0, tmp_path)
     assert weights.stat().st_mtime_ns > made

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from srlib.__main__ import main
-from srlib.problems import Problem, write_jsonl
+from srlib.data.rows import Problem, write_jsonl
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -2,7 +2,9 @@ import json
 
 import pytest
 
-from srlib import SrlibError, benchmarks, memory, params, problems
+from srlib import SrlibError, params
+from srlib.cost import memory
+from srlib.data import benchmarks, grade, problems
 from srlib.params import Source
 
 
@@ -31,7 +33,7 @@ def test_names_read_their_rows(monkeypatch):
     assert maths.meta == {"level": 3, "subject": "Algebra"}
     (gpqa,) = problems.load("gpqa_diamond")
     assert f"({gpqa.answer}) right" in gpqa.prompt and gpqa.prompt.count("wrong") == 3
-    assert benchmarks.verdict(f"</think>\\boxed{{\\text{{{gpqa.answer}}}}}", gpqa).correct
+    assert grade.verdict(f"</think>\\boxed{{\\text{{{gpqa.answer}}}}}", gpqa).correct
     assert problems.load("gpqa_diamond") == [gpqa]  # the order of the choices does not change
     (gsm,) = problems.load("gsm8k")
     assert (gsm.answer, gsm.meta) == ("1200", {"level": 1})
@@ -62,8 +64,8 @@ def test_procedural_sets():
     first, again, other = (problems.load("reasoning_gym:chain_sum", 5, seed=s) for s in (1, 1, 2))
     assert first == again != other and len(first) == 5
     for p in first:
-        assert benchmarks.verdict(f"</think>\\boxed{{{p.answer}}}", p).correct
-        assert not benchmarks.verdict(f"</think>\\boxed{{{int(p.answer) + 1}}}", p).correct
+        assert grade.verdict(f"</think>\\boxed{{{p.answer}}}", p).correct
+        assert not grade.verdict(f"</think>\\boxed{{{int(p.answer) + 1}}}", p).correct
     with pytest.raises(SrlibError, match="did you mean reasoning_gym:chain_sum"):
         problems.load("reasoning_gym:chain_sums")
     arith = problems.load("arith", 7)
@@ -74,8 +76,8 @@ def test_where_many_answers_are_right_the_verifier_decides():
     (problem,) = problems.load("reasoning_gym:countdown", 1, seed=3)
     numbers = problem.meta["reasoning_gym"]["metadata"]["numbers"]
     expression = problem.meta["reasoning_gym"]["metadata"]["expression"]
-    assert benchmarks.verdict(f"\\boxed{{({expression})}}", problem).correct
-    assert not benchmarks.verdict(f"\\boxed{{{' + '.join(map(str, numbers))} + 1}}", problem).correct
+    assert grade.verdict(f"\\boxed{{({expression})}}", problem).correct
+    assert not grade.verdict(f"\\boxed{{{' + '.join(map(str, numbers))} + 1}}", problem).correct
 
 
 def test_protocols():

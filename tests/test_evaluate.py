@@ -6,11 +6,13 @@ from itertools import islice
 
 import pytest
 
-from srlib import SrlibError, arith, counterfactual, evaluate, stats
+from srlib import SrlibError
+from srlib.data import arith
+from srlib.data.rows import read_jsonl
+from srlib.decoding.policies import Learned, Never, Policy, Random
 from srlib.engine.transformers import TransformersEngine
+from srlib.evaluation import completions, counterfactual, stats
 from srlib.params import Arith, Offload
-from srlib.policies import Learned, Never, Policy, Random
-from srlib.problems import read_jsonl
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def without_time(records):
 
 def test_a_row_of_results(engines, problems):
     config = Offload(max_tokens=20, temperature=1.0)
-    row, kept = evaluate.run(*engines, Learned(), problems, config, dataset="arith", samples=3)
+    row, kept = completions.run(*engines, Learned(), problems, config, dataset="arith", samples=3)
     assert len(kept) == 30
     assert (row["n_problems"], row["samples_per_problem"], row["max_tokens"]) == (10, 3, 20)
     assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
@@ -67,7 +69,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_again(pair, tokenizer, problems, 
         counted = Counted(policy, dies_at=dies_at)
         config = Offload(max_tokens=20, temperature=temperature, batch_size=4)
         try:
-            return evaluate.run(
+            return completions.run(
                 small, big, counted, problems, config, dataset="arith", samples=3, seed=5, file=file, key=key
             ), len(counted.begun)
         except Killed:
@@ -96,7 +98,7 @@ def test_a_damaged_file_of_completions(pair, tokenizer, problems, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"key": "1"}\n{"key":\n{"key": "2"}\n')
     small = TransformersEngine(pair[0], tokenizer)
     with pytest.raises(SrlibError, match="line 2 is damaged"):
-        evaluate.run(small, None, Never("small"), problems, Offload(), dataset="arith", file=tmp_path / "x.jsonl")
+        completions.run(small, None, Never("small"), problems, Offload(), dataset="arith", file=tmp_path / "x.jsonl")
 
 
 def test_by_difficulty(problems):
@@ -104,18 +106,18 @@ def test_by_difficulty(problems):
         {"id": p.id, "correct": "*" not in p.prompt, "big_tokens": 1, "small_tokens": 3, "handovers": []}
         for p in problems
     ]
-    table = evaluate.by_difficulty(records, problems).set_index("difficulty")
+    table = completions.by_difficulty(records, problems).set_index("difficulty")
     assert table["n"].sum() == len(problems)
     assert set(table.index) == {f"{p.prompt.count('*')} products" for p in problems}
     assert all((table.accuracy == 1) == (table.index == "0 products"))
-    assert evaluate.by_difficulty(records, [p.model_copy(update={"meta": {}}) for p in problems]).empty
+    assert completions.by_difficulty(records, [p.model_copy(update={"meta": {}}) for p in problems]).empty
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_request_is_refused_once(engines, problems, temperature):
     config = Offload(max_tokens=24, temperature=temperature)
     policy = Learned()
-    _, records = evaluate.run(*engines, policy, problems, config, dataset="arith", samples=2, seed=1)
+    _, records = completions.run(*engines, policy, problems, config, dataset="arith", samples=2, seed=1)
     rows = counterfactual.run(*engines, policy, problems, records, config, seed=1)
     assert len(rows) == sum(len(r["handovers"]) for r in records) > 5
     assert all(row["same_start"] for row in rows)

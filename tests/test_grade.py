@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlib import equal
-from srlib.grade import boxed, grade
+from srlib.data import equal
+from srlib.data.grade import boxed, grade
 
 SEED = 0
 
@@ -86,7 +86,7 @@ def test_a_box_of_the_prompt_is_no_answer():
     prompt = "What is 1 + 1? An example of how to answer: \\boxed{2}. Put your answer in \\boxed{}."
     echo = f"I was asked: {prompt} I do not know."
     assert grade(echo, "2", prompt) == (False, None, "no boxed answer")
-    assert grade(f"It is \\boxed{{2}}. Put your answer in \\boxed{{}}.", "2", prompt).correct
+    assert grade("It is \\boxed{2}. Put your answer in \\boxed{}.", "2", prompt).correct
     assert grade("\\boxed{2}", "2", prompt).correct
 
 

@@ -10,15 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srlib import SrlibError, arith, engine, grpo, latency
-from srlib.engine.transformers import TransformersEngine, load_model
-from srlib.offload import BIG, SMALL
+from srlib import SrlibError, engine
+from srlib.cost import latency
+from srlib.data import arith
+from srlib.data.problems import load as load_problems
+from srlib.data.rows import Problem, write_jsonl
+from srlib.data.spans import Tags
+from srlib.decoding.trace import BIG, SMALL
+from srlib.engine.adapters import add_tags, embedding_rows
+from srlib.engine.models import fit_embeddings, load_model
+from srlib.engine.transformers import TransformersEngine
 from srlib.params import Arith, Grpo, Latency, ModelSpec, Offload, Params
-from srlib.problems import Problem
-from srlib.problems import load as load_problems
-from srlib.problems import write_jsonl
-from srlib.sft import add_tags, embedding_rows, fit_embeddings
-from srlib.spans import Tags
+from srlib.training import grpo, launch, rollouts
 from tests.conftest import random_model
 
 OFFLOAD = Offload(max_tokens=24, span_budget=3, batch_size=16)
@@ -63,7 +66,7 @@ def big():
     return TransformersEngine(random_model(len(tokenizer), 2), tokenizer, slots=16)
 
 
-class Spy(grpo.Rollouts):
+class Spy(rollouts.Rollouts):
     """Rollouts that keep what they gave."""
 
     kept: list[dict]
@@ -83,7 +86,7 @@ def spy(monkeypatch):
 
 def test_masks_ids_and_logprobs_align(tuned, big, problems, tmp_path, spy, monkeypatch):
     traces = []
-    write = grpo.Rollouts.write
+    write = rollouts.Rollouts.write
     monkeypatch.setattr(Spy, "write", lambda *a: traces.append(write(*a)) or traces[-1])
     config = CONFIG.model_copy(update={"max_steps": 1, "batch_size": 32})
     grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path)
@@ -113,7 +116,7 @@ def test_vllm_writes_with_the_weights_of_each_step(tuned, big, problems, tmp_pat
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
     first, foreign, ratios = [], 0, []
 
-    class Checking(grpo.Rollouts):
+    class Checking(rollouts.Rollouts):
         @torch.no_grad()
         def __call__(self, prompts, trainer):
             nonlocal foreign
@@ -134,7 +137,9 @@ def test_vllm_writes_with_the_weights_of_each_step(tuned, big, problems, tmp_pat
     monkeypatch.setattr(
         grpo.GRPOTrainer,
         "_compute_loss",
-        lambda self, model, inputs: (ratios.append(inputs["importance_sampling_ratio"]), compute(self, model, inputs))[1],
+        lambda self, model, inputs: (ratios.append(inputs["importance_sampling_ratio"]), compute(self, model, inputs))[
+            1
+        ],
     )
     spec = tuned.model_copy(update={"engine": "vllm", "kv_cache_gb": 0.25})
     log = grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path, spec)
@@ -188,9 +193,9 @@ def test_a_killed_training_is_taken_up(tuned, big, problems, tmp_path, monkeypat
             raise Killed
         return write(self, prompts, trainer)
 
-    write = grpo.Rollouts.__call__
+    write = rollouts.Rollouts.__call__
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(grpo.Rollouts, "__call__", kill)
+        patch.setattr(rollouts.Rollouts, "__call__", kill)
         grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "cut")
     assert not (tmp_path / "cut" / "adapter").exists()
     with (tmp_path / "cut" / "samples.jsonl").open("a") as file:  # of the step that was not finished
@@ -254,7 +259,7 @@ def test_two_processes_are_one_with_the_same_batch(tuned, big, problems, tmp_pat
         offload=OFFLOAD,
         grpo=config.model_copy(update={"processes": 2}),
     )
-    (two,) = grpo.launch(p, SPEED, p.stage_dir("03_grpo"))
+    (two,) = launch.launch(p, SPEED, p.stage_dir("03_grpo"))
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
     assert two["reward"] == pytest.approx(one["reward"], abs=1e-6)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
@@ -273,7 +278,7 @@ def test_a_launch_that_fails_says_so(tuned, tmp_path):
         grpo=Grpo(processes=2),
     )
     with pytest.raises(SrlibError, match="in 2 processes failed, with status 1"):
-        grpo.launch(p, SPEED, p.stage_dir("03_grpo"))
+        launch.launch(p, SPEED, p.stage_dir("03_grpo"))
 
 
 @settings(max_examples=60, deadline=None)
@@ -289,9 +294,9 @@ def test_columns_align_wherever_spans_lie(tuned, seed, budget, room, loud):
     config = Grpo(batch_size=2, num_generations=2)
     settings_ = Offload(max_tokens=room, span_budget=budget, batch_size=4)
     task = Problem(id="0", prompt="3+4*5?", answer="35")
-    rollouts = grpo.Rollouts(tokenizer, big, [task], config, settings_, seed, None)
-    traces = rollouts.write(small, [task.prompt] * 3, step=seed)
-    given_ = rollouts.columns(traces)
+    func = rollouts.Rollouts(tokenizer, big, [task], config, settings_, seed, None)
+    traces = func.write(small, [task.prompt] * 3, step=seed)
+    given_ = func.columns(traces)
     for i, trace in enumerate(traces):
         ids, mask, logprobs = (given_[key][i] for key in ("completion_ids", "env_mask", "logprobs"))
         assert len(ids) == len(mask) == len(logprobs) == len(trace.ids)

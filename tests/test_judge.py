@@ -10,9 +10,11 @@ from itertools import islice
 
 import pytest
 
-from srlib import SrlibError, arith, judge, traces
-from srlib.align import align
-from srlib.journal import Journal
+from srlib import SrlibError
+from srlib.annotation import judge, traces
+from srlib.annotation.alignment import align
+from srlib.data import arith
+from srlib.data.journal import Journal
 from srlib.params import Annotate, Arith, Judge
 from tests.judge_server import PASSING, JudgeServer, at_random, hard_steps
 

@@ -2,12 +2,13 @@
 
 import pytest
 
-from srlib import SrlibError, costs, latency, simulate
-from srlib.costs import Cost
-from srlib.offload import Offloader
+from srlib import SrlibError
+from srlib.cost import costs, latency, simulation
+from srlib.cost.costs import Cost
+from srlib.cost.simulation import BIG, SMALL, Job, Pipeline, Stretch
+from srlib.decoding.policies import Always, Learned, Never, Random
+from srlib.decoding.scheduler import Offloader
 from srlib.params import Latency
-from srlib.policies import Always, Learned, Never, Random
-from srlib.simulate import BIG, SMALL, Job, Pipeline, Stretch
 
 
 def table(big="32B", **changes):
@@ -90,14 +91,14 @@ def test_latency_against_load():
 def test_all_tokens_are_written():
     """With a second a pass and a pass a token, seconds are counts."""
     second = Cost(base=1.0)
-    done = simulate.run(Pipeline(second, second), [Job(5, (Stretch(SMALL, 7), Stretch(BIG, 3), Stretch(SMALL, 2)))])
+    done = simulation.run(Pipeline(second, second), [Job(5, (Stretch(SMALL, 7), Stretch(BIG, 3), Stretch(SMALL, 2)))])
     assert done.seconds == 12 and done.passes == {"small": 9, "big": 3}
     two = [Job(5, (Stretch(SMALL, 10),), arrival=t) for t in (0.0, 2.5)]
-    assert sorted(simulate.run(Pipeline(second, second), two).latencies) == [10.0, 10.5]
-    with_slots = simulate.run(Pipeline(second, second, slots=1), two)
+    assert sorted(simulation.run(Pipeline(second, second), two).latencies) == [10.0, 10.5]
+    with_slots = simulation.run(Pipeline(second, second, slots=1), two)
     assert sorted(with_slots.latencies) == [10.0, 17.5]
-    assert sum(s.tokens for s in simulate.even(0.3, 1, 1000, 64).stretches) == 1000
-    assert sum(s.tokens for s in simulate.even(0.3, 1, 1000, 64).stretches if s.side == BIG) == 300
+    assert sum(s.tokens for s in simulation.even(0.3, 1, 1000, 64).stretches) == 1000
+    assert sum(s.tokens for s in simulation.even(0.3, 1, 1000, 64).stretches if s.side == BIG) == 300
 
 
 @pytest.mark.parametrize("policy", [Never(), Always(), Learned(), Random(0.3)], ids=lambda p: p.name)
@@ -113,7 +114,7 @@ def test_the_simulation_makes_the_passes_of_the_real_controller(engines, prompts
         real = small.counters.calls - before[0], big.counters.calls - before[1]
         tags = isinstance(policy, Learned)
         pipeline = Pipeline(Cost(1.0), Cost(1.0), shared=True, control_chunk=control_chunk if tags else 0)
-        made = simulate.run(pipeline, latency._jobs([trace], tags)).passes
+        made = simulation.run(pipeline, latency._jobs([trace], tags)).passes
         assert abs(made["small"] - real[0]) <= 2 + 0.1 * real[0], (real, made)
         assert abs(made["big"] - real[1]) <= 2 + 0.1 * real[1], (real, made)
 
@@ -123,7 +124,7 @@ def test_the_passes_of_a_batch(engines, prompts):
     writer = Offloader(small, big, Random(0.3), max_tokens=40, batch_size=16, temperature=1.0)
     traces = writer.run(prompts)
     pipeline = Pipeline(Cost(1.0), Cost(1.0), shared=True, slots=16)
-    made = simulate.run(pipeline, latency._jobs(traces, False)).passes
+    made = simulation.run(pipeline, latency._jobs(traces, False)).passes
     assert made["small"] == pytest.approx(small.counters.calls, rel=0.1)
     assert made["big"] == pytest.approx(big.counters.calls, rel=0.1)
 

@@ -1,14 +1,15 @@
 """Whether the plan's figures are those of models that are really there, and what it refuses."""
 
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from srlib import SrlibError, arith, engine, memory, params
+from srlib import SrlibError, engine, params
 from srlib.__main__ import main
-from srlib.engine.transformers import _quantization
+from srlib.cost import memory, shapes
+from srlib.engine.models import _quantization
 from srlib.params import ModelSpec
+from srlib.training import arith_pair
 from tests.conftest import random_model
 
 R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-"
@@ -16,7 +17,7 @@ CPU = params.load("params/cpu.yaml")
 
 
 def of(path, **spec) -> memory._Model:
-    return memory._Model(CPU, ModelSpec(path=str(path), **spec), memory.shape(str(path)))
+    return memory._Model(CPU, ModelSpec(path=str(path), **spec), shapes.shape(str(path)))
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ def of(path, **spec) -> memory._Model:
     [("1.5B", 1.777, 3.31), ("7B", 7.616, 14.19), ("14B", 14.77, 27.51), ("32B", 32.76, 61.03)],
 )
 def test_published_parameter_counts(size, billions, bf16_gib):
-    assert memory.shape(R1 + size).parameters == pytest.approx(billions * 1e9, rel=0.001)
+    assert shapes.shape(R1 + size).parameters == pytest.approx(billions * 1e9, rel=0.001)
     assert of(R1 + size, dtype="bfloat16").weights() / 2**30 == pytest.approx(bf16_gib, rel=0.002)
 
 
@@ -40,11 +41,11 @@ def test_weights_are_those_of_models_that_are_built(tmp_path):
         linear = sum(
             x.weight.numel() for n, x in model.named_modules() if isinstance(x, torch.nn.Linear) and n != "lm_head"
         )
-        found = memory.shape(str(tmp_path / name))
+        found = shapes.shape(str(tmp_path / name))
         assert (found.parameters, found.linear) == (model.num_parameters(), linear)
         assert of(tmp_path / name).weights() == sum(x.numel() * x.element_size() for x in model.parameters())
     for side in ("small", "big"):
-        built = arith.model(getattr(CPU.arith, side), 100, 0)
+        built = arith_pair.model(getattr(CPU.arith, side), 100, 0)
         assert memory.models(CPU, "04_offload")[side].shape.parameters == built.num_parameters()
 
 
@@ -76,7 +77,7 @@ def test_cache_and_adapter_are_those_of_a_model(tmp_path, tokenizer):
     lora = LoraConfig(
         r=4, target_modules="all-linear", trainable_token_indices={"embed_tokens": [0, 1], "lm_head": [0, 1]}
     )
-    assert get_peft_model(model, lora).get_nb_trainable_parameters()[0] == memory.shape(str(tmp_path)).lora(4)
+    assert get_peft_model(model, lora).get_nb_trainable_parameters()[0] == shapes.shape(str(tmp_path)).lora(4)
 
 
 @pytest.mark.parametrize("name", ["gpu24", "node", "cpu", "smoke"])

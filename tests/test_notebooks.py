@@ -14,7 +14,7 @@ import yaml
 from nbclient import NotebookClient
 
 from srlib.params import ROOT
-from srlib.pipeline import STAGES
+from srlib.run.stages import STAGES
 
 pytestmark = pytest.mark.notebooks
 OF_A_RUN = [name for name in STAGES if name != "06_reward_ablation"]  # that one belongs to a sweep

@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srlib import SrlibError, arith, spans
+from srlib import SrlibError
+from srlib.data import arith, spans
+from srlib.data.spans import Tags
+from srlib.decoding.policies import Always, Learned, Never, Random
+from srlib.decoding.scheduler import Offloader
+from srlib.decoding.trace import BIG, FORCED, SMALL
 from srlib.engine import GREEDY, Sequence
 from srlib.engine.transformers import TransformersEngine
-from srlib.offload import BIG, FORCED, SMALL, Offloader
-from srlib.policies import Always, Learned, Never, Random
-from srlib.spans import Tags
 from tests.conftest import random_model
 
 EOS = 0

@@ -6,13 +6,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from srlib import SrlibError, arith, engine, spans
+from srlib import SrlibError, engine
+from srlib.data import arith, spans
+from srlib.data.spans import Tags
+from srlib.decoding.policies import Always, Entropy, Learned, Never, Random, Speculative
+from srlib.decoding.scheduler import Offloader
+from srlib.decoding.trace import BIG, FORCED, SMALL
+from srlib.decoding.translate import Vocabulary
 from srlib.engine.transformers import TransformersEngine
-from srlib.offload import BIG, FORCED, SMALL, Offloader
 from srlib.params import ModelSpec
-from srlib.policies import Always, Entropy, Learned, Never, Random, Speculative
-from srlib.spans import Tags
-from srlib.translate import Vocabulary
 from tests.conftest import random_model
 from tests.test_offload import EOS, Scripted
 

@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from srlib import SrlibError, arith, problems
-from srlib.annotate import Annotated
+from srlib import SrlibError
+from srlib.data import arith, problems, prompts
+from srlib.data.rows import Annotated, Problem, read_jsonl, write_jsonl
 from srlib.params import Source
-from srlib.problems import Problem
 
 
 def rows(n):
@@ -13,7 +13,7 @@ def rows(n):
 
 
 def test_round_trip_and_draw(tmp_path):
-    path = problems.write_jsonl(tmp_path / "x.jsonl", rows(20))
+    path = write_jsonl(tmp_path / "x.jsonl", rows(20))
     assert problems.load(path) == rows(20)
     drawn = problems.load(path, 5, seed=1)
     assert drawn == problems.load(path, 5, seed=1) != problems.load(path, 5, seed=2)
@@ -22,7 +22,7 @@ def test_round_trip_and_draw(tmp_path):
 
 
 def test_errors_name_file_and_line(tmp_path):
-    path = problems.write_jsonl(tmp_path / "x.jsonl", rows(3))
+    path = write_jsonl(tmp_path / "x.jsonl", rows(3))
     with pytest.raises(SrlibError, match="holds 3 problems, fewer than the 4"):
         problems.load(path, 4)
     lines = path.read_text().splitlines()
@@ -40,14 +40,14 @@ def test_errors_name_file_and_line(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = problems.write_jsonl(tmp_path / "x.jsonl", rows(3))
+    path = write_jsonl(tmp_path / "x.jsonl", rows(3))
 
     def broken():
         yield rows(1)[0]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        problems.write_jsonl(path, broken())
+        write_jsonl(path, broken())
     assert problems.load(path) == rows(3)
 
 
@@ -55,11 +55,11 @@ def test_annotated_spans_are_checked(tmp_path):
     row = {"id": "1", "prompt": "?", "answer": "1", "trace": "abc", "spans": [[0, 9]], "share": 0.1, "annotator": "x"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     with pytest.raises(SrlibError, match="line 1 is not a Annotated: .*leaves"):
-        problems.read_jsonl(tmp_path / "a.jsonl", Annotated)
+        read_jsonl(tmp_path / "a.jsonl", Annotated)
 
 
 def test_prompts_go_through_the_chat_template(tokenizer):
-    assert problems.encode_prompt(tokenizer, "1+2?") == tokenizer.encode("1+2?")
+    assert prompts.encode_prompt(tokenizer, "1+2?") == tokenizer.encode("1+2?")
 
 
 def test_each_tokenizer_has_its_own_template_and_tokens(tokenizer):
@@ -70,17 +70,17 @@ def test_each_tokenizer_has_its_own_template_and_tokens(tokenizer):
     bare = arith.tokenizer()
     bare.chat_template = None
     tokenizers = [tokenizer, plain, polite, other_end, bare]
-    encoded = problems.encode_for_each(tokenizers, texts)
+    encoded = prompts.encode_for_each(tokenizers, texts)
     for each, ids in zip(tokenizers[:-1], encoded):
         messages = [[{"role": "user", "content": text}] for text in texts]
         assert ids == each.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert encoded[-1] == bare(texts)["input_ids"]
     assert len({str(ids) for ids in encoded[:-1]}) == 4
-    assert problems.encode_for_each(tokenizers, []) == [[]] * 5
+    assert prompts.encode_for_each(tokenizers, []) == [[]] * 5
 
 
 def test_columns_of_other_names(tmp_path):
-    path = problems.write_jsonl(tmp_path / "x.jsonl", [{"question": "1+1?", "target": 2.0, "level": 1}])
+    path = write_jsonl(tmp_path / "x.jsonl", [{"question": "1+1?", "target": 2.0, "level": 1}])
     source = Source(path=str(path), columns={"prompt": "question", "answer": "target"})
     assert problems.load(source) == [Problem(id="0", prompt="1+1?", answer="2.0")]
     with pytest.raises(SrlibError, match=r"x.jsonl has no column 'problem', but question, target, level. Name it"):

@@ -5,11 +5,11 @@ from multiprocessing.connection import wait
 import pytest
 
 from srlib import SrlibError, engine
+from srlib.decoding.policies import Always, Entropy, Learned, Random, Speculative
+from srlib.decoding.scheduler import Offloader
 from srlib.engine import Request, Sampling
 from srlib.engine.process import ProcessEngine
-from srlib.offload import Offloader
 from srlib.params import ModelSpec
-from srlib.policies import Always, Entropy, Learned, Random, Speculative
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def test_requests_scores_and_counters(engines, apart, prompts):
     answers = []
     for e in (here, there):
         s = e.open(prompts[0][:2], Sampling(0.8, 0.9, 20, seed=3))
-        first, = e.run(Request(s, feed=prompts[0][2:], max_new=5))
+        (first,) = e.run(Request(s, feed=prompts[0][2:], max_new=5))
         e.truncate(s, len(prompts[0]) + 2)
-        second, = e.run(Request(s, feed=[5, 6, 7], ask=2, watch=9))
+        (second,) = e.run(Request(s, feed=[5, 6, 7], ask=2, watch=9))
         answers.append((first.ids, second.own, s.ids, s.forwarded))
         assert len(first.logprobs) == len(first.ids) and len(second.watched) == 2
         e.close(s)
@@ -76,8 +76,8 @@ def test_a_cancelled_request_is_not_answered(apart, prompts):
     request = model.submit(Request(s, max_new=200))
     model.cancel(request)
     assert s.ids == prompts[0]
-    again, = model.run(Request(s, max_new=3))
-    other, = model.run(Request(model.open(prompts[0]), max_new=3))
+    (again,) = model.run(Request(s, max_new=3))
+    (other,) = model.run(Request(model.open(prompts[0]), max_new=3))
     assert again.ids == other.ids and not request.ids and not model._under_way
     model.close(s)
     model.close(other.sequence)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from srlib.params import ROOT, Params
-from srlib.pipeline import STAGES
+from srlib.run.stages import STAGES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -3,7 +3,7 @@ import json
 import numpy as np
 
 from srlib.__main__ import main
-from srlib.problems import write_jsonl
+from srlib.data.rows import write_jsonl
 
 
 def run(folder, policies, seed=0, n=400, first=0):

@@ -3,11 +3,14 @@ import math
 
 import pytest
 
-from srlib import SrlibError, latency, rewards
+from srlib import SrlibError
+from srlib.cost import latency
+from srlib.cost.latency import PairSpeed, Speed
 from srlib.engine import Request
-from srlib.latency import PairSpeed, Speed
-from srlib.params import REWARD_NAMES, Latency
-from srlib.rewards import PRESETS, REWARDS, Rollout, Targets
+from srlib.params import Latency
+from srlib.params.stages import REWARD_NAMES
+from srlib.training import rewards
+from srlib.training.rewards import PRESETS, REWARDS, Rollout, Targets
 
 SPEED = PairSpeed(Speed(1.0, 0.1), Speed(10.0, 1.0), handover=2.0)
 TARGETS = Targets(SPEED)

@@ -4,10 +4,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from srlib import SrlibError, arith, engine, offload, policies, sft, spans
-from srlib.annotate import Annotated
+from srlib import SrlibError, engine
+from srlib.data import arith, spans
+from srlib.data.rows import Annotated
+from srlib.data.spans import Span
+from srlib.decoding import policies, scheduler
 from srlib.params import ModelSpec, Sft
-from srlib.spans import Span
+from srlib.training import sft
 from tests.conftest import random_model
 
 
@@ -64,7 +67,7 @@ def test_tags_are_learnt_with_the_adapter(saved, tmp_path, tied):
 
     # loaded again, merged, it writes what it was taught, tags and all
     tuned = engine.load(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
-    (trace,) = offload.Offloader(tuned, None, policies.Never(), max_tokens=40).run(["2*3+1?"])
+    (trace,) = scheduler.Offloader(tuned, None, policies.Never(), max_tokens=40).run(["2*3+1?"])
     assert tuned.tokenizer.decode(trace.ids) == annotated(1)[0].tagged + "<|endoftext|>"
     assert spans.parse(trace.ids, trace.tags) == [(5, 6)]
     assert trace.finish == "eos" and not trace.malformed
@@ -84,7 +87,7 @@ def test_plain_tags(saved, tmp_path):
     tuned = engine.load(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
     assert len(tuned.tokenizer) == len(arith.tokenizer())
     big = engine.load(spec)
-    (trace,) = offload.Offloader(tuned, big, policies.Learned(), max_tokens=60, span_budget=2).run(["2*3+1?"])
+    (trace,) = scheduler.Offloader(tuned, big, policies.Learned(), max_tokens=60, span_budget=2).run(["2*3+1?"])
     assert "<bigmodel>" in tuned.tokenizer.decode(trace.ids)
     assert trace.big_tokens >= 1
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlib import spans
-from srlib.spans import CLOSE, OPEN, OTHER_CLOSE, TEXT, Span, Tags
+from srlib.data import spans
+from srlib.data.spans import CLOSE, OPEN, OTHER_CLOSE, TEXT, Span, Tags
 
 IDS = Tags((7,), ((8,), (9, 9)))
 LONG = Tags((7, 1, 7), ((7, 2, 7), (7, 3, 7)))

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from srlib import SrlibError, stats
+from srlib import SrlibError
+from srlib.evaluation import stats
 
 STUDIES = 2000
 

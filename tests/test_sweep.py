@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from srlib import SrlibError, sweep
+from srlib import SrlibError
 from srlib.params import ROOT, load
-from srlib.pipeline import STAGES
+from srlib.run import sweep
+from srlib.run.stages import STAGES
 
 
 def test_a_params_file_and_values():

@@ -3,16 +3,18 @@
 import pytest
 import torch
 
-from srlib import SrlibError, annotate, problems, spans, traces
+from srlib import SrlibError
+from srlib.annotation import agreement, annotators, traces
+from srlib.data import spans
+from srlib.data.journal import Journal
+from srlib.data.rows import Annotated, Problem, write_jsonl
+from srlib.data.spans import Span
 from srlib.engine import transformers
-from srlib.journal import Journal
 from srlib.params import Annotate, Offload, Source
-from srlib.problems import Problem
-from srlib.spans import Span
 
 
 def source(tmp_path, rows, **columns):
-    return Source(path=str(problems.write_jsonl(tmp_path / "x.jsonl", rows)), columns=columns)
+    return Source(path=str(write_jsonl(tmp_path / "x.jsonl", rows)), columns=columns)
 
 
 def test_the_first_right_generation_is_taken_and_the_rest_is_counted(tmp_path):
@@ -45,7 +47,7 @@ def test_tags_that_a_set_has_either_way_they_close(tokenizer):
         "none": "1+2=3;",
     }
     asked = [Problem(id=name, prompt="?", answer="0", trace=text) for name, text in texts.items()]
-    good, *bad = annotate.given(asked, tokenizer)
+    good, *bad = annotators.given(asked, tokenizer)
     assert good.trace == "1+2=3;3*4=12;" and good.spans == [Span(4, 5), Span(10, 12)]
     assert good.tagged.count(spans.CLOSE) == 2 and good.share == pytest.approx(3 / 13)
     assert bad == ["tags are unclosed", "tags are stray", "no span is marked"]
@@ -55,11 +57,11 @@ def test_the_controls(engines, pair, tokenizer):
     small, _ = engines
     asked = [Problem(id=str(i), prompt="3+4?", answer="7", trace=f"3+4=7;{i}*7=21;20-7=13;" * 3) for i in range(40)]
     config = Annotate(method="random", share=0.2, max_share=0.4, threshold=1.0, max_span_tokens=4)
-    drawn = list(annotate.random(asked, config, tokenizer, seed=1))
-    assert drawn == list(annotate.random(asked, config, tokenizer, seed=1))
-    assert drawn != list(annotate.random(asked, config, tokenizer, seed=2))
+    drawn = list(annotators.random(asked, config, tokenizer, seed=1))
+    assert drawn == list(annotators.random(asked, config, tokenizer, seed=1))
+    assert drawn != list(annotators.random(asked, config, tokenizer, seed=2))
     assert 0.15 < sum(row.share for row in drawn) / 40 <= 0.4  # whole numbers: a little more than was asked for
-    for row in annotate.entropy(small, asked[:3], config):
+    for row in annotators.entropy(small, asked[:3], config):
         ids = tokenizer.encode("3+4?") + tokenizer.encode(row.trace)
         with torch.no_grad():
             logprobs = pair[0](torch.tensor([ids])).logits[0, -len(row.trace) - 1 : -1].log_softmax(-1)
@@ -72,10 +74,10 @@ def test_the_controls(engines, pair, tokenizer):
 
 
 def test_agreement_on_a_case_worked_by_hand(tokenizer):
-    row = annotate.Annotated(
+    row = Annotated(
         id="a", prompt="?", answer="0", trace="1+2=3;4+5=9;", spans=[Span(0, 4)], share=1 / 3, annotator="x"
     )
-    found = annotate.agreement([row], {"a": [Span(2, 5)]}, tokenizer)
+    found = agreement.agreement([row], {"a": [Span(2, 5)]}, tokenizer)
     # 12 tokens: 2 marked by both, 2 by the first alone, 1 by the second alone, 7 by neither
     assert found.f1 == pytest.approx(4 / 7) and (found.precision, found.recall) == (2 / 4, 2 / 3)
     chance = (4 * 3 + 8 * 9) / 144

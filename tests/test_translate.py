@@ -13,8 +13,19 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from srlib import SrlibError, arith, sft, spans
-from srlib.translate import DISPENSABLE, LOST, PROBE, Bridge, Translator, Vocabulary, check_lossless, same_vocabulary
+from srlib import SrlibError
+from srlib.data import arith, spans
+from srlib.decoding.translate import (
+    DISPENSABLE,
+    LOST,
+    PROBE,
+    Bridge,
+    Translator,
+    Vocabulary,
+    check_lossless,
+    same_vocabulary,
+)
+from srlib.engine import adapters
 
 EOS, LINES = (
     "<|endoftext|>",
@@ -332,7 +343,7 @@ def test_equal_vocabularies_pass_ids_on(tokenizer):
 def test_a_token_of_one_side_only_makes_vocabularies_differ():
     small, big = wrap(bytelevel(ALPHABET)), wrap(bytelevel(ALPHABET))
     assert Bridge(small, big).same
-    sft.add_tags(small)
+    adapters.add_tags(small)
     assert Bridge(small, big).same
     big.add_tokens(["<think>"])
     bridge = Bridge(small, big)

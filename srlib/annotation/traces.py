@@ -16,12 +16,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from srlib import SrlibError, benchmarks, problems, spans
-from srlib.journal import Journal
-from srlib.offload import Offloader
+from srlib import SrlibError
+from srlib.data import benchmarks, grade, problems, spans
+from srlib.data.journal import Journal
+from srlib.data.rows import Problem, read_jsonl
+from srlib.decoding.policies import Always
+from srlib.decoding.scheduler import Offloader
 from srlib.params import Annotate, Offload, Params, Source
-from srlib.policies import Always
-from srlib.problems import Problem
 
 
 def load(source: Source, n: int, seed: int = 0, worked: bool = True) -> tuple[list[Problem], Counter[str]]:
@@ -40,7 +41,7 @@ def load(source: Source, n: int, seed: int = 0, worked: bool = True) -> tuple[li
     if benchmarks.find(source) is not None or (source.file is not None and not source.columns):
         return problems.load(source, n, seed), Counter()
     if source.file is not None:
-        rows: Any = problems.read_jsonl(source.file, dict)
+        rows: Any = read_jsonl(source.file, dict)
         random.Random(seed).shuffle(rows)
     else:
         rows = problems.hub_rows(source).shuffle(seed, buffer_size=problems.WINDOW)
@@ -132,7 +133,7 @@ def _sampled(big, batch: list[Problem], config: Annotate, offload: Offload, seed
         wrong = []
         for problem, trace in zip(left, traces):
             text = trace.text(writer.tokenizer)
-            if trace.finish == "eos" and benchmarks.verdict(text, problem, offload.hint).correct:
+            if trace.finish == "eos" and grade.verdict(text, problem, offload.hint).correct:
                 yield {"key": key(problem), "trace": text, "tries": attempt + 1}
             else:
                 wrong.append(problem)

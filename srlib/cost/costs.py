@@ -11,8 +11,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from srlib import SrlibError
-from srlib.engine import Request
-from srlib.memory import KNOWN, Shape
+from srlib.cost.shapes import KNOWN, Shape
+from srlib.engine.protocol import Request
 from srlib.params import nearest
 
 
@@ -70,7 +70,7 @@ def roofline(
     about what the paper's table has of an A6000's limits (see the tests); communication is left out.
 
     Args:
-        model: 1.5B, 7B, 14B or 32B (R1-Distill-Qwen), or a shape of `srlib.memory`.
+        model: 1.5B, 7B, 14B or 32B (R1-Distill-Qwen), or a shape of `srlib.cost.shapes`.
 
     Raises:
         SrlibError: no such GPU or model.

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import Any, Literal
 
-from srlib import SrlibError, costs, simulate as events
-from srlib.costs import Cost
-from srlib.engine import Request
-from srlib.offload import Offloader
+from srlib import SrlibError
+from srlib.cost import costs, simulation
+from srlib.cost.costs import Cost
+from srlib.cost.simulation import Pipeline, Simulation
+from srlib.decoding.policies import Always, Learned, Never, Policy
+from srlib.decoding.scheduler import Offloader
+from srlib.engine.protocol import Request
 from srlib.params import Latency, nearest
-from srlib.policies import Always, Learned, Never, Policy
-from srlib.simulate import Pipeline, Simulation
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def simulate(
     """Seconds of the pipeline at an offload share, by model and by cause.
 
     Args:
-        pair: speeds of two models, or a pipeline of `srlib.simulate`, whose costs may be of any kind.
+        pair: speeds of two models, or a pipeline of `srlib.cost.simulation`, whose costs may be of any kind.
         share: of the decoded tokens that the big model writes; 0 and 1 are the models alone.
         prompt, decode: tokens of every request.
         assumptions: `events` acts the pipeline out; `paper` is the formula of the paper's simulator for one
@@ -152,7 +153,7 @@ def simulate(
         whole_chunks: `paper`: as its simulator, only whole chunks are the big model's, and the rest the small one's.
         span: tokens the big model writes in a row, on average.
         requests, rate: how many, and how many arrive a second (a Poisson process); None: all at once.
-        **options: of `srlib.simulate.Pipeline`, such as shared, replicas, control_chunk, overlap, switch_s.
+        **options: of `srlib.cost.simulation.Pipeline`, such as shared, replicas, control_chunk, overlap, switch_s.
 
     Raises:
         SrlibError: the share is not from 0 to 1, or the paper's formula is asked for more than it knows.
@@ -168,8 +169,8 @@ def simulate(
     if alone:  # nobody reads along or looks
         options |= {"stream_chunk": 0, "control_chunk": 0}
     pipeline = replace(pair, **options) if isinstance(pair, Pipeline) else pair.pipeline(**options)
-    times = events.arrivals(requests, rate, seed)
-    return events.run(pipeline, [events.even(share, prompt, decode, span, time) for time in times])
+    times = simulation.arrivals(requests, rate, seed)
+    return simulation.run(pipeline, [simulation.even(share, prompt, decode, span, time) for time in times])
 
 
 def _paper(pair: PairSpeed, share: float, prompt: int, decode: int, chunk: int, whole: bool) -> Simulation:
@@ -229,8 +230,8 @@ def check(
             for _ in range(repeats):
                 pair = [costs.measure(e, grid, repeats=3, clock=clock) for e in (small, big)]
                 pipeline = Pipeline(*pair, **options)
-                answers = sum(events.run(pipeline, jobs).answers.values())
-                predicted = events.run(replace(pipeline, answer_s=controller / answers), jobs).seconds
+                answers = sum(simulation.run(pipeline, jobs).answers.values())
+                predicted = simulation.run(replace(pipeline, answer_s=controller / answers), jobs).seconds
                 start = clock()
                 writer.run(prompts)
                 measured, controller = clock() - start, writer.controller_seconds
@@ -252,6 +253,6 @@ def check(
     return rows
 
 
-def _jobs(traces, tags: bool) -> list[events.Job]:
+def _jobs(traces, tags: bool) -> list[simulation.Job]:
     owners = ["".join("SBF"[owner] for owner in trace.owners) for trace in traces]
-    return [events.replay(text, len(trace.prompt_ids), tags) for text, trace in zip(owners, traces)]
+    return [simulation.replay(text, len(trace.prompt_ids), tags) for text, trace in zip(owners, traces)]

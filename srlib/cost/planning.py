@@ -2,7 +2,7 @@
 
 A group is one big model, its layers shared by some GPUs, and small models on GPUs of their own; or
 both on one GPU. How many requests it has under way is what its KV caches hold: every request has one
-with each model, and the big model's are the large ones. Costs are rooflines (`srlib.costs`).
+with each model, and the big model's are the large ones. Costs are rooflines (`srlib.cost.costs`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from srlib import SrlibError, latency
-from srlib.costs import GPUS, roofline
-from srlib.memory import KNOWN
-from srlib.simulate import Pipeline
+from srlib import SrlibError
+from srlib.cost import latency
+from srlib.cost.costs import GPUS, roofline
+from srlib.cost.shapes import KNOWN
+from srlib.cost.simulation import Pipeline
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations and what the allocator cannot use
 

@@ -1,7 +1,7 @@
 """An event simulation of the pipeline: two models, many requests, who waits for whom.
 
 A request is a list of stretches, each written by one of the models, as a policy made them. It is
-acted out as `srlib.offload` does it: what one model writes the other reads, streamed in chunks or
+acted out as `srlib.decoding` does it: what one model writes the other reads, streamed in chunks or
 when it is asked; while the big model writes a span the small one reads along and looks whether to
 take control back. A model takes all requests that wait into one forward pass, whose seconds a
 `Cost` gives. A device runs one pass at a time; the two models have devices of their own, or share one.
@@ -19,8 +19,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
-from srlib.costs import Cost
-from srlib.offload import GATHER
+from srlib.cost.costs import Cost
+from srlib.decoding.scheduler import GATHER
 
 SMALL, BIG = 0, 1
 NAMES = ("small", "big")

@@ -15,19 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from srlib import SrlibError
-from srlib.grade import Grade, grade
+from srlib.data.prompts import ask
 from srlib.params import Offload, Params, Source, nearest
 
 if TYPE_CHECKING:
-    from srlib.problems import Problem
+    pass
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFGHIJ"
-FORMATS = {
-    "plain": "{question}",
-    "boxed": "{question}\n\nReason step by step, and put the final answer into \\boxed{}.",
-    "base": "Question: {question}\n\nAnswer, step by step, with the final result in \\boxed{}: ",
-}
 
 
 @dataclass(frozen=True)
@@ -126,35 +121,6 @@ def rows(source: Source, n: int | None, seed: int, read: Callable[[Source], Iter
         yield {**fields, "prompt": ask(fields["prompt"], source.prompt or benchmark.prompt)}
 
 
-def ask(question: str, how: str) -> str:
-    """A question as the model is asked it: `how` is one of `FORMATS`, or a text with {question} in it.
-
-    Raises:
-        SrlibError: it is neither.
-    """
-    text = FORMATS.get(how, how)
-    if "{question}" not in text:
-        near = nearest(how, list(FORMATS))
-        hint = f"; did you mean {near!r}?" if near else "."
-        raise SrlibError(f"prompt is {how!r}, which is none of {', '.join(FORMATS)} and has no {{question}}{hint}")
-    return text.replace("{question}", question)
-
-
-def verdict(completion: str, problem: Problem, hint: str = "") -> Grade:
-    """`grade` for a problem of any set; where many answers are right, the set's own verifier has the last word.
-
-    A verifier of reasoning-gym gives parts of a point: only a whole one counts.
-    """
-    found = grade(completion, problem.answer, problem.prompt + hint)
-    row = problem.meta.get("reasoning_gym")
-    if found.correct or found.answer is None or row is None:
-        return found
-    import reasoning_gym
-
-    score = reasoning_gym.get_score_answer_fn(row["metadata"]["source_dataset"])(found.answer.strip(), row)
-    return Grade(True, found.answer, "the set's verifier") if score >= 1.0 else found
-
-
 def protocol(p: Params) -> Protocol:
     """How stage 05 samples: by its own settings, or by a preset laid over them.
 
@@ -176,7 +142,7 @@ def protocol(p: Params) -> Protocol:
 
 def _procedural(name: str, which: str, n: int, seed: int) -> Iterator[Row]:
     if name == "arith":
-        from srlib import arith
+        from srlib.data import arith
         from srlib.params import Arith
 
         stream = arith.generate(Arith(), "test", seed)

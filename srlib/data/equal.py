@@ -66,10 +66,10 @@ class _Worker:
             process.stdout.close()
 
     def _start(self) -> None:
-        here = str(Path(__file__).resolve().parents[1])
+        here = str(Path(__file__).resolve().parents[2])
         paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "srlib.equal"],  # -P: no module of the working folder
+            [sys.executable, "-P", "-m", "srlib.data.equal"],  # -P: no module of the working folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

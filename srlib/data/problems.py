@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-
-from srlib import SrlibError, benchmarks
+from srlib import SrlibError
+from srlib.data import benchmarks, prompts
+from srlib.data.rows import Problem, read_jsonl
 from srlib.params import Source
 
-
-class Problem(BaseModel):
-    """One problem; `trace` is a worked solution from `<think>` to the boxed answer, if known."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str
-    prompt: str
-    answer: str
-    trace: str | None = None
-    meta: dict[str, Any] = {}
-
-
-Row = TypeVar("Row", BaseModel, dict)
 WINDOW = 10_000  # rows of a stream that are held to be drawn from
 
 
@@ -59,7 +44,7 @@ def load(source: Source | str | Path, n: int | None = None, seed: int = 0) -> li
         else:
             rows = read_jsonl(source.file, Problem)
             if source.prompt:
-                rows = [row.model_copy(update={"prompt": benchmarks.ask(row.prompt, source.prompt)}) for row in rows]
+                rows = [row.model_copy(update={"prompt": prompts.ask(row.prompt, source.prompt)}) for row in rows]
         if n is not None and n <= len(rows):
             rows = random.Random(seed).sample(rows, n)
     else:
@@ -116,7 +101,7 @@ def from_row(row: dict[str, Any], number: int, source: Source, worked: bool = Fa
             return f"no {field}"
     values["id"] = number if values["id"] is None else values["id"]
     if source.prompt:
-        values["prompt"] = benchmarks.ask(str(values["prompt"]), source.prompt)
+        values["prompt"] = prompts.ask(str(values["prompt"]), source.prompt)
     return Problem(**{field: None if value is None else str(value) for field, value in values.items()})
 
 
@@ -135,71 +120,3 @@ def _from_rows(rows: Iterable[dict[str, Any]], source: Source) -> list[Problem]:
             raise SrlibError(f"{source.path}, row {number + 1} has {problem}: {json.dumps(row, default=str)[:200]}")
         found.append(problem)
     return found
-
-
-def read_jsonl(path: str | Path, row: type[Row]) -> list[Row]:
-    """Every line of `path` as a `row`: a model of pydantic, or a plain dict.
-
-    Raises:
-        SrlibError: no such file, an empty file, or a line that is no such row (its number is named).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise SrlibError(f"There is no file {path}.")
-    rows, adapter = [], TypeAdapter(row)
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(adapter.validate_json(line))
-            except ValidationError as error:
-                first = error.errors()[0]
-                field = ".".join(map(str, first["loc"]))
-                raise SrlibError(
-                    f"{path}, line {number} is not a {row.__name__}: {field + ': ' if field else ''}{first['msg']}."
-                ) from None
-    if not rows:
-        raise SrlibError(f"{path} is empty: it needs at least one {row.__name__}.")
-    return rows
-
-
-def write_jsonl(path: str | Path, rows: Iterable[BaseModel | dict[str, Any]]) -> Path:
-    """Write `rows` to `path`, whole or not at all (a temporary file takes its place at the end)."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        for row in rows:
-            values = row.model_dump() if isinstance(row, BaseModel) else row
-            file.write(json.dumps(values, ensure_ascii=False) + "\n")
-    os.replace(part, path)
-    return path
-
-
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt as the model is asked: through the tokenizer's chat template, if it has one."""
-    return encode_prompts(tokenizer, [prompt])[0]
-
-
-def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """`encode_prompt` of each of `prompts`, in half the time."""
-    return encode_for_each([tokenizer], prompts)[0]
-
-
-def encode_for_each(tokenizers: list, prompts: list[str]) -> list[list[list[int]]]:
-    """`encode_prompts` for each of `tokenizers`; a chat template that several share is filled in once."""
-    ids_alone = {"return_attention_mask": False}
-    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    filled: dict[tuple[Any, ...], list[str]] = {}
-    encoded = []
-    for tokenizer in tokenizers:
-        if not prompts:
-            encoded.append([])
-        elif tokenizer.chat_template is None:
-            encoded.append(tokenizer(prompts, **ids_alone)["input_ids"])
-        else:
-            key = (type(tokenizer), str(tokenizer.chat_template), str(tokenizer.special_tokens_map))
-            if key not in filled:
-                filled[key] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            encoded.append(tokenizer(filled[key], add_special_tokens=False, **ids_alone)["input_ids"])
-    return encoded

@@ -1,6 +1,6 @@
 """Policies: who writes what of a trace.
 
-A policy's `write` is a generator, made of the methods of a `srlib.offload.Writer`. Trained
+A policy's `write` is a generator, made of the methods of a `srlib.decoding.writer.Writer`. Trained
 policies read the small model's tags; the baselines need no training.
 """
 
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from math import floor
 from typing import TYPE_CHECKING, Protocol
 
-from srlib import spans
+from srlib.data import spans
 
 if TYPE_CHECKING:
-    from srlib.engine import Request
-    from srlib.offload import Writer
+    from srlib.decoding.writer import Writer
+    from srlib.engine.protocol import Request
 
 Steps = Generator["Request", None, None]
 

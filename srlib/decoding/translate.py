@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from srlib import SrlibError
-from srlib.spans import SPELLINGS
+from srlib.data.spans import SPELLINGS
 
 THINK = ("<think>", "</think>")
 # What a vocabulary may lack, as no script needs it: control characters, planes without any character, and

@@ -25,7 +25,8 @@ import torch
 from transformers import AutoTokenizer
 
 from srlib import SrlibError
-from srlib.engine import GREEDY, Counters, Request, Running, Sampling, Sequence, check
+from srlib.engine.loading import check
+from srlib.engine.protocol import GREEDY, Counters, Request, Running, Sampling, Sequence
 from srlib.params import ModelSpec
 
 SHORT = select.PIPE_BUF - 4  # bytes of a message that goes over at once, with its length before it

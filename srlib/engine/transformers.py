@@ -11,142 +11,22 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
-from transformers.utils import logging
+from transformers.cache_utils import DynamicCache
 
-from srlib import SrlibError
-from srlib.engine import GREEDY, SCORE_POSITIONS, SCORE_TOKENS, Counters, Request, Sampling, Sequence, check
+from srlib.engine.models import eos_of, load_model
+from srlib.engine.protocol import GREEDY, SCORE_POSITIONS, SCORE_TOKENS, Counters, Request, Sampling, Sequence
+from srlib.engine.slots import ATTENTION, PADDING, Fresh, Groups, Slots
 from srlib.params import ModelSpec
-
-ATTENTION = "srlib_slots"
-PADDING = 150_000  # multiplications of queries with keys, in one layer, that cost about as much as one more call
-
-
-class _Fresh:
-    """What a forward pass processes: the unprocessed ids of some sequences, one after the other in a packed row."""
-
-    def __init__(self, sequences: list[Sequence], asked: list[int]) -> None:
-        """Args: sequences: ordered by slot. asked: at how many of its last ids each wants logits."""
-        fresh = [s.ids[s.processed :] for s in sequences]
-        self.ids = list(chain.from_iterable(fresh))  # (N,)
-        self.slots = np.array([s.slot for s in sequences])  # (n,), as the next three
-        self.starts = np.array([s.processed for s in sequences])
-        self.counts = np.array(list(map(len, fresh)))
-        self.firsts = self.counts.cumsum() - self.counts  # place of the first id of each in the packed row
-        self.rows = self.slots.repeat(self.counts)  # (N,) slot and position of each id
-        self.positions = np.arange(len(self.ids)) + (self.starts - self.firsts).repeat(self.counts)
-        counts = np.array(asked)
-        self.answers = counts.cumsum() - counts  # (n,) the first row of logits of each
-        places = self.firsts + self.counts - counts - self.answers
-        self.wanted = np.arange(counts.sum()) + places.repeat(counts)  # (W,) places with logits in the packed row
-
-
-class _Group:
-    """Sequences of a forward pass that attend in one call, padded to the longest of them."""
-
-    def __init__(self, fresh: _Fresh, chosen: np.ndarray, heads: np.ndarray, device, dtype) -> None:
-        """Args: chosen: which of the sequences. heads: (K, G) numbers of the query heads of each key."""
-        slots, starts, counts = fresh.slots[chosen], fresh.starts[chosen], fresh.counts[chosen]
-        self.length = int((starts + counts).max())  # S
-        width = int(counts.max())  # T
-        # Most slots of a stretch: it is read in place, idle slots and all. Few: theirs are copied.
-        whole = 2 * len(slots) > slots[-1] - slots[0]
-        rows = slots - slots[0] if whole else np.arange(len(slots))
-        self.slots = slice(slots[0], slots[-1] + 1) if whole else torch.as_tensor(slots, device=device)
-        size = int(rows[-1]) + 1  # B
-        self.shape = (size, len(heads), width * heads.shape[1])  # B, K, T·G
-        columns = np.minimum(np.arange(width), counts[:, None] - 1)  # (n, T), padding repeats the last
-        places, last = np.zeros((2, size, width), dtype=np.int64)  # in the packed row, and position of each query
-        self.places = places[rows] = fresh.firsts[chosen, None] + columns
-        last[rows] = starts[:, None] + columns
-        self.answers = rows[:, None] * width + columns  # (n, T) among the B·T of the call
-        # (B, T) in the packed row → (B, K, T, G) in that of all heads
-        queries = places[:, None, :, None] * heads.size + heads[:, None]
-        self.queries = torch.as_tensor(queries.ravel(), device=device)
-        unseen = torch.arange(self.length, device=device) > torch.as_tensor(last, device=device)[..., None]  # (B, T, S)
-        mask = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
-        self.mask = (mask.repeat_interleave(heads.shape[1], 1) if width > 1 < heads.shape[1] else mask)[:, None]
-
-
-class _Groups:
-    """The groups of a forward pass, and where each token finds its answers among theirs."""
-
-    def __init__(self, fresh: _Fresh, parts: list[np.ndarray], heads: np.ndarray, device, dtype) -> None:
-        self.groups = [_Group(fresh, part, heads, device, dtype) for part in parts]
-        order, before = np.empty_like(fresh.positions), 0
-        for group in self.groups:
-            order[group.places] = before + group.answers
-            before += len(group.queries) // heads.size
-        # Answers come as (B, T, G, K), and go as (N, K, G).
-        order = order[:, None] * heads.size + heads.reshape(heads.shape[::-1]).T.ravel()
-        self.order = torch.as_tensor(order.ravel(), device=device)  # (N·H,)
-
-
-class _Slots(Cache):
-    """Keys and values of every layer, (slots, heads, length, head size)."""
-
-    def __init__(self, slots: int, context: int) -> None:
-        super().__init__(layers=[])
-        self.slots, self.context, self.length = slots, context, 0
-        self.keys: dict[int, torch.Tensor] = {}
-        self.values: dict[int, torch.Tensor] = {}
-        self.rows = self.positions = None  # (N,) slot and position of each token of the pass under way
-
-    def reserve(self, length: int) -> None:
-        """Make room for sequences of `length` ids."""
-        if length > self.length:
-            self.length = max(length, min(max(64, 2 * self.length), self.context))
-            for store in (self.keys, self.values):
-                for layer, x in store.items():
-                    store[layer] = x.new_zeros(*x.shape[:2], self.length, x.shape[3])
-                    store[layer][:, :, : x.shape[2]] = x
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        answers = []
-        for store, new in ((self.keys, key_states), (self.values, value_states)):
-            if layer_idx not in store:
-                store[layer_idx] = new.new_zeros(self.slots, new.shape[1], self.length, new.shape[3])
-            store[layer_idx][self.rows, :, self.positions] = new[0].transpose(0, 1)  # (N, heads, head size)
-            answers.append(store[layer_idx])
-        return tuple(answers)
-
-
-def _attend(module, query, key, value, attention_mask, scaling=None, groups: _Groups | None = None, **kwargs):
-    """Attention over the slots: query (1, H, N, D); key and value are the stores. Without `groups` it is SDPA."""
-    if groups is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    heads, size = query.shape[1], query.shape[3]
-    packed = query[0].transpose(0, 1).reshape(-1, size)  # (N·H, D)
-    answers = []
-    for group in groups.groups:
-        # The heads that share a key stand beside each other as queries, so that keys are not repeated.
-        q = packed.index_select(0, group.queries).view(*group.shape, size)  # (B, K, T·G, D)
-        k, v = (x[:, :, : group.length] for x in (key, value))
-        k, v = (x[group.slots] if isinstance(group.slots, slice) else x.index_select(0, group.slots) for x in (k, v))
-        answer = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)
-        answers.append(answer.transpose(1, 2).reshape(-1, size))
-    return torch.cat(answers).index_select(0, groups.order).view(1, -1, heads, size), None
-
-
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class TransformersEngine:
@@ -180,7 +60,7 @@ class TransformersEngine:
         self.counters = Counters()
         self.pending: list[Request] = []
         self._free = list(range(slots))[::-1]
-        self._cache = _Slots(slots, self.context)
+        self._cache = Slots(slots, self.context)
         # (K, G) numbers of the query heads of each key
         self._heads = np.arange(config.num_attention_heads).reshape(config.num_key_value_heads, -1)
         self._query_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -295,7 +175,7 @@ class TransformersEngine:
         device = self.device
         asking: dict[int, Request] = {id(r.sequence): r for r in self.pending if r.ask}
         # Logits only where they are used: at the places asked for, else at the last one.
-        fresh = _Fresh(sequences, [asking[id(s)].ask if id(s) in asking else 1 for s in sequences])
+        fresh = Fresh(sequences, [asking[id(s)].ask if id(s) in asking else 1 for s in sequences])
         cache = self._cache
         cache.rows, cache.positions = (torch.as_tensor(x, device=device) for x in (fresh.rows, fresh.positions))
         cache.reserve(int(fresh.positions.max()) + 1)
@@ -305,7 +185,7 @@ class TransformersEngine:
             position_ids=cache.positions[None],
             past_key_values=cache,
             use_cache=True,
-            groups=_Groups(fresh, self._alike(fresh), self._heads, device, self.model.dtype),
+            groups=Groups(fresh, self._alike(fresh), self._heads, device, self.model.dtype),
         ).last_hidden_state  # (1, N, E)
         wanted = torch.as_tensor(fresh.wanted, device=device)
         logits = self.model.get_output_embeddings()(hidden[0, wanted]).float()  # (W, V)
@@ -324,7 +204,7 @@ class TransformersEngine:
         self.counters.calls += 1
         return asked
 
-    def _alike(self, fresh: _Fresh) -> list[np.ndarray]:
+    def _alike(self, fresh: Fresh) -> list[np.ndarray]:
         """Sequences of about as many new tokens: a wider group takes a narrower one in if that costs little."""
         ends = fresh.starts + fresh.counts
         parts: list[np.ndarray] = []
@@ -409,84 +289,6 @@ def draw(logits: torch.Tensor, at: list[tuple[Sampling, int]]) -> tuple[list[int
 def uniform(sampling: Sampling, position: int) -> float:
     """A number in [0, 1) that seed and position decide."""
     return (sampling.number(position) >> 11) / 2**53
-
-
-def eos_of(generation_config, tokenizer) -> frozenset[int]:
-    """The ids that end a text."""
-    eos = generation_config.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]
-    return frozenset(i for i in (*eos, tokenizer.eos_token_id) if i is not None)
-
-
-def device_of(spec: ModelSpec) -> str:
-    """The device a spec asks for; `auto` is the GPU if there is one.
-
-    Raises:
-        SrlibError: a GPU is asked for, and there is none.
-    """
-    if spec.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SrlibError(f"device is {spec.device}, but torch sees no GPU here; set it to auto or cpu.")
-    return spec.device if spec.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def dtype_of(spec: ModelSpec) -> torch.dtype:
-    """The dtype a spec asks for; `auto` is fp32 on a CPU, where bf16 is emulated and slow."""
-    if spec.dtype != "auto":
-        return getattr(torch, spec.dtype)
-    return torch.float32 if device_of(spec) == "cpu" else torch.bfloat16
-
-
-def load_model(spec: ModelSpec, trainable: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a spec; an adapter is merged, laid beside or left trainable, and brings its tokenizer.
-
-    On quantised weights an adapter is never merged: to round it into four bits would undo it.
-
-    Raises:
-        SrlibError: no such model or adapter, or one of its files is damaged.
-    """
-    check(spec)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            spec.path,
-            dtype=dtype_of(spec),
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            quantization_config=_quantization(spec),
-            device_map={"": device_of(spec)},
-        )
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise SrlibError(f"{spec.path} is no folder here, and the hub gave no such model: {reason}") from None
-    tokenizer = AutoTokenizer.from_pretrained(spec.adapter or spec.path)
-    if spec.adapter is not None:
-        from peft import PeftModel
-
-        fit_embeddings(model, tokenizer)
-        model = PeftModel.from_pretrained(model, spec.adapter, is_trainable=trainable)
-        if spec.merge and not trainable and spec.quantization == "none":
-            model = model.merge_and_unload()
-    return model.eval(), tokenizer
-
-
-def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
-    if spec.quantization == "none":
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=spec.quantization == "nf4",
-        load_in_8bit=spec.quantization == "int8",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,  # the scales in 8 bits: 0.4 bits a weight less
-        bnb_4bit_compute_dtype=dtype_of(spec),
-    )
-
-
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Grow the embeddings if the tokenizer has ids beyond them; many models have rows to spare."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # how the new rows start is of no matter: they are trained, or loaded
-        model.resize_token_embeddings(len(tokenizer))
-        logging.set_verbosity(verbosity)
 
 
 def load(spec: ModelSpec, slots: int) -> TransformersEngine:

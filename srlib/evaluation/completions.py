@@ -17,14 +17,16 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from srlib import spans, stats
-from srlib.benchmarks import verdict
-from srlib.journal import Journal
-from srlib.offload import Offloader, Trace
+from srlib.data import spans
+from srlib.data.grade import verdict
+from srlib.data.journal import Journal
+from srlib.data.rows import Problem, write_jsonl
+from srlib.decoding.policies import Policy
+from srlib.decoding.scheduler import Offloader
+from srlib.decoding.trace import Trace
+from srlib.evaluation import stats
+from srlib.evaluation.stats import accuracy, compare
 from srlib.params import Offload
-from srlib.policies import Policy
-from srlib.problems import Problem, write_jsonl
-from srlib.stats import accuracy, compare
 
 __all__ = ["accuracy", "by_difficulty", "compare", "difficulty", "run", "summarise"]
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import pandas as pd
 
-from srlib import spans, stats
-from srlib.benchmarks import verdict
-from srlib.offload import Offloader
+from srlib.data import spans
+from srlib.data.grade import verdict
+from srlib.data.rows import Problem
+from srlib.decoding.policies import Learned
+from srlib.decoding.scheduler import Offloader
+from srlib.evaluation import stats
 from srlib.params import Offload
-from srlib.policies import Learned
-from srlib.problems import Problem
 
 VERDICTS = {(True, False): "needed", (True, True): "useless", (False, False): "useless", (False, True): "harmful"}
 

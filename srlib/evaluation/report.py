@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from srlib import SrlibError, stats
+from srlib import SrlibError
+from srlib.data.rows import read_jsonl
+from srlib.evaluation import stats
 from srlib.params import find, nearest
-from srlib.problems import read_jsonl
 
 
 def compare(a: str | Path, b: str | Path, policies: list[str] | None = None) -> str:

@@ -6,69 +6,15 @@ the file differs. This module knows names, types and limits; it knows nothing of
 
 from __future__ import annotations
 
-import ast
 import math
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from rapidfuzz import fuzz, process
+from pydantic import Field, model_validator
 
-from srlib import SrlibError
-
-ROOT = Path(__file__).resolve().parents[1]  # the clone: holds params/, notebooks/, outputs/
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-
-class ModelSpec(Section):
-    """Where a model is and how it is loaded."""
-
-    path: str | None = Field(None, description="folder or hub name; empty: the one stage 00 trains")
-    adapter: str | None = Field(None, description="folder of a LoRA adapter to lay on top")
-    merge: bool = Field(True, description="fold the adapter into the weights when it is loaded")
-    engine: Literal["transformers", "vllm"] = "transformers"
-    url: str | None = Field(None, description="vllm: address of a running server, such as http://127.0.0.1:8000")
-    process: bool = Field(
-        False, description="transformers: in a process of its own, so that both models of a pair work at the same time"
-    )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["none", "nf4", "int8", "awq", "gptq", "fp8"] = Field(
-        "none", description="nf4 and int8: by bitsandbytes, either engine (vllm: nf4 alone); the others: vllm"
-    )
-    context: int | None = Field(None, ge=16, description="longest sequence there is room for; empty: the model's own")
-    kv_cache_gb: float | None = Field(None, gt=0, description="vllm: size of the KV cache in GiB, on each device")
-    tensor_parallel: int = Field(1, ge=1, description="vllm: devices that share every layer")
-    pipeline_parallel: int = Field(1, ge=1, description="vllm: groups of devices that share the layers out")
-    ray: bool = Field(False, description="vllm: the devices are on several machines, under Ray")
-    compile: bool = Field(False, description="vllm: compile the model and replay CUDA graphs; slower to start")
-
-    @model_validator(mode="after")
-    def _engine_can(self) -> ModelSpec:
-        if self.engine == "transformers":
-            if self.quantization in ("awq", "gptq", "fp8"):
-                raise ValueError(
-                    f"quantization {self.quantization} needs engine: vllm; transformers takes nf4 and int8"
-                )
-            if self.url or self.ray or self.compile or self.tensor_parallel * self.pipeline_parallel > 1:
-                raise ValueError("url, ray, compile and the parallel settings need engine: vllm")
-        elif self.process:
-            raise ValueError("process needs engine: transformers; vllm works by itself")
-        if self.engine == "vllm" and self.quantization == "int8":
-            raise ValueError("quantization int8 needs engine: transformers; vllm takes nf4, awq, gptq and fp8")
-        return self
-
-
-class Pair(Section):
-    small: ModelSpec = ModelSpec()
-    big: ModelSpec = ModelSpec()
-    tuned: ModelSpec | None = Field(
-        None, description="a small model that writes the tags already: 01 to 03 are left out"
-    )
+from srlib.params.models import ModelSpec, Section
+from srlib.params.names import unknown
+from srlib.params.paths import find
 
 
 class ArithModel(Section):
@@ -120,7 +66,7 @@ class Arith(Section):
 class Source(Section):
     """Where problems come from; in the params a plain string is its `path`."""
 
-    path: str = Field(min_length=1, description="a JSONL file, a set on the hub, or a name of srlib/benchmarks.py")
+    path: str = Field(min_length=1, description="a JSONL file, a set on the hub, or a name of srlib/data/benchmarks.py")
     config: str | None = Field(None, description="hub: configuration of the data set")
     split: str = Field("train", description="hub: its split")
     columns: dict[Literal["id", "prompt", "answer", "trace", "correct"], str] = Field(
@@ -243,7 +189,7 @@ class Latency(Section):
     )
     small: str = Field("1.5B", description="the table's model that stands for the small one")
     big: str = "32B"
-    gpu: str = Field("h100", description="roofline: the GPU, as srlib/costs.py names it")
+    gpu: str = Field("h100", description="roofline: the GPU, as srlib/cost/costs.py names it")
     devices: int = Field(1, ge=1, description="roofline: GPUs that share every layer of the big model")
     handover_s: float = Field(0.0, ge=0, description="seconds a hand-over costs on top")
     prompt: int = Field(512, ge=1, description="07: tokens of a prompt in what is simulated")
@@ -303,7 +249,7 @@ class Grpo(Section):
             raise ValueError(f"there is no file {self.accelerate_config} (accelerate_config)")
         for name in self.reward_weights:
             if name not in REWARD_NAMES:
-                raise ValueError(f"reward_weights: {_unknown(name, list(REWARD_NAMES))}")
+                raise ValueError(f"reward_weights: {unknown(name, list(REWARD_NAMES))}")
         return self
 
 
@@ -343,7 +289,8 @@ class Offload(Pipelining):
 
 class Evaluate(Section):
     protocol: Literal["own", "published", "quick"] = Field(
-        "own", description="as set here and in offload; as accuracies are published; for a look (srlib/benchmarks.py)"
+        "own",
+        description="as set here and in offload; as accuracies are published; for a look (srlib/data/benchmarks.py)",
     )
     n_problems: int = Field(1000, ge=2)
     samples_per_problem: int = Field(1, ge=1)
@@ -406,229 +353,6 @@ class Hardware(Section):
     gpu_gb: float = Field(24.0, gt=0, description="memory of one GPU, in GiB")
 
 
-class Params(Section):
-    """Everything a run depends on. Each field is one section of the YAML file."""
-
-    run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the folder in outputs/")
-    seed: int = Field(0, ge=0)
-    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice")
-    outputs: str = Field("outputs", description="folder that holds the runs")
-    base: Base | None = Field(None, description="a run whose earlier stages this one shares")
-    hardware: Hardware = Hardware()
-    pair: Pair = Pair()
-    data: Data = Data()
-    arith: Arith = Arith()
-    annotate: Annotate = Annotate()
-    sft: Sft = Sft()
-    latency: Latency = Latency()
-    grpo: Grpo = Grpo()
-    offload: Offload = Offload()
-    evaluate: Evaluate = Evaluate()
-    bench: Bench = Bench()
-
-    @model_validator(mode="after")
-    def _rollouts_can(self) -> Params:
-        if self.grpo.use_vllm and self.pair.small.quantization != "none":
-            raise ValueError(
-                f"grpo.use_vllm merges what is trained into the weights, and pair.small.quantization is "
-                f"{self.pair.small.quantization}; set one to false or the other to none"
-            )
-        return self
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """Stages that make the tuned small model, where one is given."""
-        return ("01_annotate", "02_sft", "03_grpo") if self.pair.tuned is not None else ()
-
-    @property
-    def rollout_slots(self) -> int:
-        """Rollouts that one process of stage 03 has under way."""
-        at_once = slots_for(self.grpo.rollouts_at_once or self.offload.batch_size, self.offload.oversubscribe)
-        return min(at_once, self.grpo.batch_size // self.grpo.processes)
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's folder; a relative `outputs` is taken from the clone."""
-        return ROOT / self.outputs / self.run
-
-    def where(self, stage: str) -> Path:
-        """The folder of a stage's artefacts, which may be another run's."""
-        shared = self.base is not None and stage in self.base.stages
-        return (ROOT / self.base.folder if shared else self.run_dir) / stage
-
-    def stage_dir(self, stage: str) -> Path:
-        """The folder for a stage's artefacts in this run, made if it is not there."""
-        folder = self.run_dir / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    @property
-    def small(self) -> ModelSpec:
-        """The small model as it is before fine-tuning."""
-        return self._resolve(self.pair.small, "small")
-
-    @property
-    def tuned(self) -> ModelSpec:
-        """The small model with the adapter of stage 02 on top, or the one that is given."""
-        if self.pair.tuned is not None:
-            return self._resolve(self.pair.tuned, "small")
-        return self.small.model_copy(update={"adapter": str(self.where("02_sft") / "adapter")})
-
-    @property
-    def reinforced(self) -> ModelSpec:
-        """The small model with the adapter of stage 03 on top."""
-        return self.small.model_copy(update={"adapter": str(self.where("03_grpo") / "adapter")})
-
-    @property
-    def rollout_small(self) -> ModelSpec:
-        """The small model as vLLM has it for the rollouts of stage 03: merged, in its stage's folder."""
-        spec, g = self.tuned, self.grpo
-        return spec.model_copy(
-            update={"engine": "vllm", "url": g.vllm_url, "kv_cache_gb": g.vllm_kv_cache_gb, "merge": True}
-        )
-
-    @property
-    def big(self) -> ModelSpec:
-        return self._resolve(self.pair.big, "big")
-
-    @property
-    def traces(self) -> Source:
-        return self.data.traces or Source(path=str(self.where("00_arith_pair") / "traces.jsonl"))
-
-    @property
-    def test(self) -> Source:
-        return self.data.test or Source(path=str(self.where("00_arith_pair") / "test.jsonl"))
-
-    @property
-    def dataset(self) -> str:
-        """Name of the test problems."""
-        return "arith" if self.data.test is None else Path(self.test.path).stem
-
-    @property
-    def annotated(self) -> Path:
-        return self.where("01_annotate") / "annotated.jsonl"
-
-    def _resolve(self, spec: ModelSpec, name: str) -> ModelSpec:
-        path = spec.path or str(self.where("00_arith_pair") / name)
-        local = find(path)
-        return spec.model_copy(update={"path": str(local) if local else path})
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def find(path: str | Path) -> Path | None:
-    """`path` as it is seen from here or, failing that, from the clone; None if in neither."""
-    return next((p for p in (Path(path), ROOT / path) if p.exists()), None)
-
-
 def slots_for(batch_size: int, oversubscribe: float) -> int:
     """Slots for the traces under way at a batch size."""
     return batch_size + math.ceil(batch_size * oversubscribe)
-
-
-def load(path: str | Path, **overrides: Any) -> Params:
-    """Read a params file and check every value.
-
-    Args:
-        path: YAML file, relative to the working folder or to the clone.
-        **overrides: values laid on top; a name may be dotted, as `**{"sft.epochs": 1}`, and a
-            mapping replaces only the keys it names.
-
-    Raises:
-        SrlibError: the file is not there or not YAML, a key is unknown (the nearest valid one
-            is named), a value has the wrong type or is impossible.
-    """
-    found = find(path)
-    if found is None or not found.is_file():
-        near = nearest(Path(path).name, [p.name for p in (ROOT / "params").glob("*.yaml")])
-        raise SrlibError(f"There is no params file {path}{near and f'; did you mean params/{near}?'}")
-    try:
-        values = yaml.safe_load(found.read_text())
-    except yaml.YAMLError as error:
-        raise SrlibError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise SrlibError(f"{path} holds {type(values).__name__}, but a params file is a mapping of sections.")
-    for key, value in overrides.items():
-        _lay(values, key.split("."), value)
-    return build(values, str(path))
-
-
-def build(values: dict[str, Any], source: str, model: type[Model] = Params) -> Model:
-    """Check `values`; `source` is named in the error."""
-    try:
-        return model(**values)
-    except ValidationError as error:
-        raise SrlibError(f"{source}: {_explain(error.errors()[0], model)}") from None
-
-
-def from_notebook(scope: dict[str, Any]) -> Params:
-    """The parameters of a notebook, from what its `parameters` cell and papermill left in `scope`.
-
-    By hand, `params_file` is read. papermill's `-f params/x.yaml` puts every key of that file
-    into the notebook: as such a file always names its `run`, it is then used alone, and
-    `params_file` is not read. Single values (`-p seed 1`) are laid on top of `params_file`.
-
-    Raises:
-        SrlibError: as `load`; also for a name papermill was given that is no parameter.
-    """
-    for cell in scope.get("In", []):
-        if cell.startswith("# Parameters"):  # papermill's own cell: it only warns of unknown names
-            names = [t.id for node in ast.parse(cell).body if isinstance(node, ast.Assign) for t in node.targets]
-            for name in names:
-                if name != "params_file" and name not in Params.model_fields:
-                    raise SrlibError(f"papermill: {_unknown(name, list(Params.model_fields))}")
-    given = {name: scope[name] for name in Params.model_fields if scope.get(name) is not None}
-    if "run" in given:
-        return build(given, "papermill's parameters")
-    return load(scope["params_file"], **given)
-
-
-def parse_override(text: str, several: bool = False) -> tuple[str, Any]:
-    """`"sft.epochs=1"` to `("sft.epochs", 1)`; the value is read as YAML, with `several` as a list of values."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise SrlibError(f"--set {text!r} is not of the form section.key=value")
-    return key, yaml.safe_load(f"[{value}]" if several else value)
-
-
-def nearest(name: str, names: list[str]) -> str:
-    """The one of `names` most like `name`, or an empty string if none is alike."""
-    match = process.extractOne(name, names, scorer=fuzz.WRatio, score_cutoff=60)
-    return match[0] if match else ""
-
-
-def _lay(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _lay(values, [*keys, key], inner)
-        return
-    for key in keys[:-1]:
-        if values.get(key) is None:
-            values[key] = {}
-        if not isinstance(values[key], dict):
-            raise SrlibError(f"{'.'.join(keys)} cannot be set: {key} is {values[key]!r}, not a section.")
-        values = values[key]
-    values[keys[-1]] = value
-
-
-def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
-    """One sentence out of a pydantic error."""
-    where = ".".join(str(part) for part in error["loc"])
-    match error["type"]:
-        case "extra_forbidden":
-            *sections, key = error["loc"]
-            for section in sections:
-                model = model.model_fields[section].annotation
-            return f"{_unknown(key, list(model.model_fields))}{f' (in section {sections[-1]})' if sections else ''}"
-        case "missing":
-            return f"{where} is missing; give it a value."
-        case "value_error":
-            return f"{where}: {error['ctx']['error']}."
-        case _:
-            return f"{where} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
-
-
-def _unknown(key: str, names: list[str]) -> str:
-    near = nearest(str(key), names)
-    return f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else f"; there are {', '.join(names)}.")

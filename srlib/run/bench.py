@@ -25,13 +25,18 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from srlib import engine, latency, pipeline, problems
-from srlib.engine import Request
-from srlib.offload import BIG, Offloader, Trace
-from srlib.params import Params, slots_for
-from srlib.policies import Always, Learned, Never, Policy, Random, Speculative
-from srlib.problems import encode_prompts
-from srlib.translate import same_vocabulary
+from srlib import engine
+from srlib.cost import latency
+from srlib.data import problems
+from srlib.data.prompts import encode_prompts
+from srlib.data.rows import write_json
+from srlib.decoding.policies import Always, Learned, Never, Policy, Random, Speculative
+from srlib.decoding.scheduler import Offloader
+from srlib.decoding.trace import BIG, Trace
+from srlib.decoding.translate import same_vocabulary
+from srlib.engine.protocol import Request
+from srlib.params import Params, paths, slots_for
+from srlib.run import stages
 
 COLUMNS = ("efficiency", "with_reading", "reread_share", "small_share", "big_share", "controller_share", "idle_share")
 
@@ -106,14 +111,14 @@ def main(p: Params) -> int:
         SrlibError: a model or the test problems are not there.
     """
     for needed in ("pair", "test"):
-        pipeline.require_artefact(p, needed, "bench")
+        stages.require_artefact(p, needed, "bench")
     if p.threads:
         torch.set_num_threads(p.threads)
     result = run(p)
     print(table(result))
     p.run_dir.mkdir(parents=True, exist_ok=True)
-    pipeline.write_json(p.run_dir / "bench.json", result)
-    print(f"\nmeasurement  {pipeline.here(p.run_dir / 'bench.json')}")
+    write_json(p.run_dir / "bench.json", result)
+    print(f"\nmeasurement  {paths.here(p.run_dir / 'bench.json')}")
     return 0
 
 

@@ -22,9 +22,11 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
-from srlib import SrlibError, evaluate, params, pipeline
-from srlib.params import Params, Section
-from srlib.problems import read_jsonl
+from srlib import SrlibError, params
+from srlib.data.rows import read_jsonl, write_json
+from srlib.evaluation import stats
+from srlib.params import Params, Section, paths
+from srlib.run import pipeline, stages
 
 NOTEBOOK = "06_reward_ablation"
 OF_THE_BASE = ("run", "outputs")  # where runs lie; changes no stage
@@ -102,7 +104,7 @@ def combinations(chosen: Plan) -> tuple[Params, dict[int, Params], list[tuple[Co
     names = names if len(set(names)) == len(names) else list(chosen.vary)
     changed = {*chosen.vary, *chosen.fix} - set(for_base)
     own = _own(changed)
-    shared = [name for name in pipeline.STAGES if name not in own]
+    shared = [name for name in stages.STAGES if name not in own]
     bases, runs = {}, []
     for seed in chosen.seeds:
         run = plain.run if seed == plain.seed else f"{plain.run}-seed{seed}"
@@ -127,8 +129,8 @@ def run(chosen: Plan, jobs: int = 1) -> int:
     top, bases, runs = combinations(chosen)
     top.run_dir.mkdir(parents=True, exist_ok=True)
     wanted = runs[0][1].base
-    last = [name for name in pipeline.STAGES if wanted and name in _needed(wanted.stages)][-1:]
-    print(f"{top.run}: {len(runs)} runs, {jobs} at a time → {pipeline.here(top.run_dir)}", flush=True)
+    last = [name for name in stages.STAGES if wanted and name in _needed(wanted.stages)][-1:]
+    print(f"{top.run}: {len(runs)} runs, {jobs} at a time → {paths.here(top.run_dir)}", flush=True)
 
     def base_of(seed: int) -> str:
         return _run(bases[seed], top.run_dir / f"base-seed{seed}", *(["--until", last[0]] if last else []))
@@ -202,7 +204,7 @@ def collect(folder: Path) -> tuple[list[dict[str, Any]], Records]:
             records.setdefault(key, []).extend({**r, "id": f"{c.seed}/{r['id']}"} for r in kept)
     rows = []
     for (label, policy), parts in pooled.items():
-        estimate = evaluate.accuracy(records[label, policy])
+        estimate = stats.accuracy(records[label, policy])
         big, small = (sum(r[f"{side}_tokens"] for r in records[label, policy]) for side in ("big", "small"))
         rows.append(
             {
@@ -244,7 +246,7 @@ def logs(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 def _write(folder: Path, chosen: Plan, runs: Sequence[Combination]) -> None:
     kept = {"plan": chosen.model_dump(), "runs": [asdict(c) for c in runs]}
-    pipeline.write_json(folder / "sweep.json", kept)
+    write_json(folder / "sweep.json", kept)
 
 
 def _run(p: Params, folder: Path, *options: str) -> str:
@@ -257,23 +259,23 @@ def _run(p: Params, folder: Path, *options: str) -> str:
         done = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True)
         log.write(done.stderr)
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    return f"failed: {lines[0]} (all of it: {pipeline.here(folder / 'log.txt')})" if done.returncode else ""
+    return f"failed: {lines[0]} (all of it: {paths.here(folder / 'log.txt')})" if done.returncode else ""
 
 
 def _own(changed: set[str]) -> set[str]:
     """Stages that a combination does itself: those `changed` touches, and all that read from them."""
     everywhere = {key for key in changed if key.partition(".")[0] in ("seed", "threads", "pair", "data")}
     own: set[str] = set()
-    for name, stage in pipeline.STAGES.items():
+    for name, stage in stages.STAGES.items():
         touched = any(key.partition(".")[0] in stage.sections for key in changed)
-        if everywhere or touched or own & {pipeline.MAKERS[artefact] for artefact in stage.reads}:
+        if everywhere or touched or own & {stages.MAKERS[artefact] for artefact in stage.reads}:
             own.add(name)
     return own | {"03_grpo", "05_evaluate"}
 
 
 def _needed(shared: Sequence[str]) -> set[str]:
     """Of the shared stages, those that others read from."""
-    return {pipeline.MAKERS[a] for stage in pipeline.STAGES.values() for a in stage.reads} & set(shared)
+    return {stages.MAKERS[a] for stage in stages.STAGES.values() for a in stage.reads} & set(shared)
 
 
 def _plain(value: Any) -> str:

@@ -10,36 +10,29 @@ tags itself, and latency is only a target share. `rollout: self` is that recipe.
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig, GRPOTrainer
-from trl.models import unwrap_model_for_generation
 
-from srlib import SrlibError, engine, spans
-from srlib.benchmarks import verdict
-from srlib.engine.transformers import TransformersEngine, device_of, dtype_of, load_model
-from srlib.latency import PairSpeed, Speed
-from srlib.offload import SMALL, Offloader, Trace
-from srlib.params import Grpo, ModelSpec, Offload, Params, build, find
-from srlib.policies import Learned, Never
-from srlib.problems import Problem
-from srlib.rewards import REWARDS, Rollout, Targets, weights
-from srlib.sft import ready_for_trl, save_adapter, write_adapter
-from srlib.traces import load as load_traces
+from srlib import engine
+from srlib.annotation.traces import load as load_traces
+from srlib.cost.latency import PairSpeed
+from srlib.data.rows import Problem
+from srlib.engine.adapters import ready_for_trl
+from srlib.engine.models import device_of, dtype_of, load_model
+from srlib.engine.transformers import TransformersEngine
+from srlib.params import Grpo, ModelSpec, Offload, Params
+from srlib.training.rewards import REWARDS, Targets, weights
+from srlib.training.rollouts import Rollouts, Synchronised
+from srlib.training.sft import save_adapter
 
 
 def train(
@@ -109,7 +102,7 @@ def train(
     if rollout_small is not None:
         # In the place of TRL's own vLLM: TRL has it synchronised before each batch of rollouts, and corrects the
         # loss for what is sampled there with slightly other probabilities.
-        rollouts.vllm = _Synchronised(trainer, rollout_small, rollouts.offload.slots, folder / "rollouts")
+        rollouts.vllm = Synchronised(trainer, rollout_small, rollouts.offload.slots, folder / "rollouts")
         trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, rollouts.vllm, -1
     trainer.remove_callback(PrinterCallback)
     found = {int(each.name.rpartition("-")[2]): each for each in (folder / "trainer").glob("checkpoint-*")}
@@ -141,182 +134,6 @@ def run(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
     tasks, _ = load_traces(p.traces, p.grpo.n_problems, p.seed, worked=False)
     small = p.rollout_small if p.grpo.use_vllm else None
     return train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, folder, small)
-
-
-def launch(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
-    """`run` in `grpo.processes` processes; their screen is streamed to this one.
-
-    Each process writes and trains on its part of every batch. On GPUs they start under
-    `accelerate launch`, with the configuration `grpo.accelerate_config` (DeepSpeed, FSDP) if one
-    is named; on a CPU under torchrun, which accelerate takes up in the same way.
-
-    Raises:
-        SrlibError: a process failed; what it said stands above.
-    """
-    job = folder / "job.json"
-    job.write_text(json.dumps({"params": p.model_dump(), "speed": asdict(speed), "folder": str(folder)}))
-    processes = p.grpo.processes
-    environment = {**os.environ, "OMP_NUM_THREADS": str(p.threads or 1)}
-    if device_of(p.small) == "cpu":  # accelerate's own launcher would ask for MPI there
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment["ACCELERATE_USE_CPU"] = "true"
-    else:
-        command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
-        config = p.grpo.accelerate_config
-        command.append(f"--config_file={find(config)}" if config else "--multi_gpu")
-    command += ["-m", "srlib.grpo", str(job)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
-        try:
-            # newline="": a progress bar's carriage returns are kept as they are
-            for line in io.TextIOWrapper(process.stdout, newline="", errors="replace"):
-                print(line, end="", flush=True)
-        except BaseException:  # an interrupted cell leaves nothing running
-            process.terminate()
-            raise
-    if process.returncode:
-        raise SrlibError(f"grpo: the training in {processes} processes failed, with status {process.returncode}.")
-    job.unlink()
-    return json.loads((folder / "log.json").read_text())
-
-
-def _work(job: Path) -> None:
-    """What each process of `launch` does."""
-    given = json.loads(job.read_text())
-    p = build(given["params"], str(job))
-    if p.threads:
-        torch.set_num_threads(p.threads)
-    set_seed(p.seed)
-    speed = PairSpeed(**{**given["speed"], **{side: Speed(**given["speed"][side]) for side in ("small", "big")}})
-    PartialState()  # makes this process's GPU the current one, on which models are loaded
-    run(p, speed, Path(given["folder"]))
-
-
-class Rollouts:
-    """TRL's `rollout_func`: a prompt in, a trace by two models out."""
-
-    def __init__(
-        self, tokenizer, big, problems: list[Problem], config: Grpo, offload: Offload, seed: int, samples: Path
-    ):
-        self.tokenizer, self.big, self.config = tokenizer, big, config
-        self.offload = offload.model_copy(update={"batch_size": config.rollouts_at_once or offload.batch_size})
-        self.problems = {problem.prompt: problem for problem in problems}
-        self.seed, self.samples = seed, samples
-        self.vllm: _Synchronised | None = None  # writes the small model's part; None: the model that is trained does
-
-    def forget_from(self, step: int) -> None:
-        """Drop samples of `step` and later: a run taken up from a checkpoint writes them again."""
-        kept = self.samples.read_text(encoding="utf-8").splitlines(True) if self.samples.is_file() else []
-        self.samples.write_text("".join(line for line in kept if json.loads(line)["step"] < step), encoding="utf-8")
-
-    def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
-        step = trainer.state.global_step
-        if self.vllm is not None:
-            traces = self.write(self.vllm.engine, prompts, step)
-        else:
-            traces = self.write_with(trainer, prompts, step)
-        rollouts = [self.rollout(prompt, trace) for prompt, trace in zip(prompts, traces)]
-        if trainer.accelerator.is_main_process and step % self.config.sample_every == 0:
-            with self.samples.open("a", encoding="utf-8") as file:
-                for r in rollouts[: self.config.num_generations]:
-                    file.write(
-                        json.dumps({"step": step, "text": r.text, "correct": r.correct, "share": r.share}) + "\n"
-                    )
-        return {**self.columns(traces), "rollout": rollouts}
-
-    def write_with(self, trainer: GRPOTrainer, prompts: list[str], step: int) -> list[Trace]:
-        """`write` with the model that is trained, as it is now."""
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            training = model.training
-            model.eval()
-            small = TransformersEngine(model, self.tokenizer, slots=min(len(prompts), self.offload.slots))
-            traces = self.write(small, prompts, step)
-            model.train(training)
-        return traces
-
-    def columns(self, traces: list[Trace]) -> dict[str, list]:
-        """What TRL trains on: in each row ids, log-probabilities and mask run in parallel."""
-        own = [[owner == SMALL for owner in trace.owners] for trace in traces]
-        return {
-            "prompt_ids": [trace.prompt_ids for trace in traces],
-            "completion_ids": [trace.ids for trace in traces],
-            "logprobs": [[p if o else float("nan") for p, o in zip(t.logprobs, os)] for t, os in zip(traces, own)],
-            "env_mask": [[int(o) for o in os] for os in own],
-        }
-
-    def write(self, small, prompts: list[str], step: int) -> list[Trace]:
-        """One trace a prompt, with the current weights; the seed moves on with the step."""
-        alone = self.config.rollout == "self"
-        settings = self.offload.settings
-        settings["big_temperature"] = settings["temperature"]  # the big model answers as it will at inference
-        settings["temperature"], settings["top_p"] = self.config.temperature, 1.0
-        writer = Offloader(
-            small,
-            None if alone else self.big,
-            Never() if alone else Learned(),
-            seed=self.seed * 1_000_003 + step,
-            **settings,
-        )
-        traces = writer.run(prompts)
-        writer.raise_if_failed(traces)
-        return traces
-
-    def rollout(self, prompt: str, trace: Trace) -> Rollout:
-        """The counts that rewards are made of; with `rollout: self`, what the small model asks for counts as big."""
-        text = self.tokenizer.decode(trace.ids, skip_special_tokens=True)
-        plain = spans.inside(trace.ids, trace.tags)
-        return Rollout(
-            text=text,
-            correct=verdict(spans.strip(text), self.problems[prompt], self.offload.hint).correct,
-            group=prompt,
-            prompt_tokens=len(trace.prompt_ids),
-            small_tokens=len(plain) - sum(plain),
-            big_tokens=sum(plain),
-            handovers=len(spans.parse(trace.ids, trace.tags)),
-            well_formed=not trace.malformed,
-            max_tokens=self.offload.max_tokens,
-            tokens=len(trace.ids),
-        )
-
-
-class _Synchronised:
-    """The small model on vLLM, which takes on what has been trained before each batch of rollouts.
-
-    The adapter is merged into the weights on disk, as for inference, and vLLM reads them from there: some seconds
-    for a model of 1.5B. A server reads them once for all training processes.
-    """
-
-    def __init__(self, trainer: GRPOTrainer, spec: ModelSpec, slots: int, folder: Path) -> None:
-        self.trainer, self.spec, self.slots, self.folder = trainer, spec, slots, folder
-        self.engine = None
-
-    def sync_weights(self) -> None:
-        """Called by TRL."""
-        from srlib.engine import vllm
-
-        accelerator, merged = self.trainer.accelerator, self.folder / "merged"
-        first = accelerator.is_main_process
-        if first:
-            write_adapter(self.trainer, self.folder)
-            vllm.merge(self.spec.model_copy(update={"adapter": str(self.folder)}))
-        accelerator.wait_for_everyone()
-        if self.engine is None:
-            device = self.spec.device
-            if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-                device = str(accelerator.device)
-            own = {"path": str(merged), "adapter": None, "device": device}
-            self.engine = engine.load(self.spec.model_copy(update=own), self.slots)
-            if not self.spec.url:
-                return
-        if first or not self.spec.url:
-            self.engine.reload(merged)
-        accelerator.wait_for_everyone()
-
-    def close(self) -> None:
-        """End vLLM and drop the merged weights."""
-        if self.engine is not None:
-            self.engine.shutdown()
-        if self.trainer.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _for_trl(name: str, targets: Targets, logs: bool):
@@ -352,7 +169,3 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
-
-
-if __name__ == "__main__":
-    _work(Path(sys.argv[1]))

@@ -13,9 +13,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from srlib.latency import PairSpeed
+from srlib.cost.latency import PairSpeed
+from srlib.data.spans import CLOSE, OPEN
 from srlib.params import Grpo
-from srlib.spans import CLOSE, OPEN
 
 
 @dataclass(frozen=True)

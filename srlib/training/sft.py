@@ -17,19 +17,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from srlib import SrlibError
-from srlib.annotate import Annotated
-from srlib.engine.transformers import device_of, dtype_of, fit_embeddings, load_model
+from srlib.data.prompts import encode_prompt
+from srlib.data.rows import Annotated
+from srlib.engine.adapters import add_tags, embedding_rows, ready_for_trl, write_adapter
+from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
 from srlib.params import ModelSpec, Sft
-from srlib.problems import encode_prompt
-from srlib.spans import CLOSE, OPEN
 
 LABEL_IGNORED = -100
-
-
-def add_tags(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Make each tag one token of the tokenizer; returns the two ids."""
-    tokenizer.add_tokens([OPEN, CLOSE])
-    return tokenizer.convert_tokens_to_ids([OPEN, CLOSE])
 
 
 def example(tokenizer: PreTrainedTokenizerBase, row: Annotated) -> dict[str, list[int]]:
@@ -104,33 +98,3 @@ def save_adapter(trainer, folder: Path) -> None:
     """Adapter and tokenizer to `folder/adapter`; checkpoints are removed."""
     write_adapter(trainer, folder / "adapter")
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-
-
-def write_adapter(trainer, folder: Path) -> None:
-    """Adapter and tokenizer, the same bytes for the same training."""
-    for config in trainer.model.peft_config.values():
-        config.target_modules = sorted(config.target_modules)  # a set, written in any order
-    # The tags' rows are saved with the adapter; the rest of the grown embeddings is the base model's.
-    trainer.model.save_pretrained(folder, save_embedding_layers=False)
-    trainer.processing_class.save_pretrained(folder)
-
-
-def ready_for_trl(model) -> None:
-    """Two mends: for TRL's fused loss, and for 4-bit weights on a CPU."""
-    head = model.get_output_embeddings()
-    if not hasattr(head, "bias"):  # PEFT's wrapper around trained rows has none, and TRL asks for it
-        head.bias = None
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' packing for inference has no backward
-            module.support_avx512bf16_for_cpu = False
-
-
-def embedding_rows(model, tokens: list[int] | None) -> dict[str, list[int]] | None:
-    """The rows of the embeddings to train; the output layer has rows of its own unless it is tied."""
-    if tokens is None:
-        return None
-    names = {id(module): name.split(".")[-1] for name, module in model.named_modules()}
-    rows = {names[id(model.get_input_embeddings())]: tokens}
-    if not model.config.tie_word_embeddings:
-        rows[names[id(model.get_output_embeddings())]] = tokens
-    return rows

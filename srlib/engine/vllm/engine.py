@@ -24,42 +24,31 @@ How it differs from the transformers engine:
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
-import shutil
-import tempfile
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing, suppress
 from functools import partial
-from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from socket import socketpair
 from threading import Thread, current_thread
-from typing import Any, NamedTuple
-
-import httpx
+from typing import Any
 
 from srlib import SrlibError
-from srlib.engine import Request, Running, Sampling, Sequence, check
+from srlib.engine.adapters import beside, merge
+from srlib.engine.loading import check
+from srlib.engine.protocol import Request, Running, Sampling, Sequence
+from srlib.engine.vllm.arguments import arguments
+from srlib.engine.vllm.local import Local
+from srlib.engine.vllm.pieces import entropy, gather
+from srlib.engine.vllm.server import Server
 from srlib.params import ModelSpec
 
 TOP = 20  # likeliest tokens an entropy is estimated from; vLLM gives no more by default
 INTERVAL = 8  # tokens that come together where none of them has to be looked at
-PATIENCE = 600.0  # seconds for which a server that does not answer is waited for
-CPU_CACHE_GB = 2.0  # where no size is given; vLLM's own choice is nine tenths of the memory
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has room for
-
-
-class Piece(NamedTuple):
-    """Some tokens of an answer, as they come."""
-
-    ids: list[int]
-    logprobs: list[dict[int, float]]  # for each of `ids`: of that id, and of others that were asked for
-    cached: int | None  # how many ids of the prompt were in the cache; None: not told
 
 
 class VllmEngine(Running):
@@ -131,7 +120,7 @@ class VllmEngine(Running):
             self._check_length(ids)
         self.counters.forward_tokens += sum(map(len, sequences))
         self.counters.calls += len(sequences)
-        return self._wait(_gather(self._model.scan(ids, top) for ids in sequences))
+        return self._wait(gather(self._model.scan(ids, top) for ids in sequences))
 
     def reload(self, folder: Path) -> None:
         """Take on the weights of the model in `folder`, which has the same shape; what was cached is forgotten.
@@ -240,7 +229,7 @@ class VllmEngine(Running):
     async def _extend(self, request: Request, ids: list[int]) -> None:
         """For each place that is asked about, a request of one token to vLLM."""
         ends = range(len(ids) - max(request.ask, 1) + 1, len(ids) + 1)
-        answers = await _gather(self._answer(request, ids[:end]) for end in ends)
+        answers = await gather(self._answer(request, ids[:end]) for end in ends)
         for end, (token, logprobs, cached) in zip(ends, answers):
             self._count(request.sequence, end, cached, end)
             if request.ask:
@@ -272,161 +261,7 @@ class VllmEngine(Running):
         sequence.longest = max(sequence.longest, processed)
 
 
-class _Local:
-    """A model that vLLM has loaded for this process, in processes of its own."""
-
-    def __init__(self, arguments: dict[str, Any], lora: str | None) -> None:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.lora.request import LoRARequest
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        self.lora = LoRARequest("adapter", 1, lora) if lora else None
-        self.length = self.llm.model_config.max_model_len
-        self._names = count()
-
-    def _generate(self, ids: list[int], **asked) -> AsyncIterator:
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-        if asked.get("logprob_token_ids"):
-            asked["logprobs"] = None
-        params = SamplingParams(**asked, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA)
-        return self.llm.generate({"prompt_token_ids": ids}, params, str(next(self._names)), lora_request=self.lora)
-
-    async def complete(self, ids: list[int], **asked) -> AsyncIterator[Piece]:
-        """The tokens vLLM writes after `ids`; to close it before its end aborts the request."""
-        async with aclosing(self._generate(ids, **asked)) as outputs:
-            async for output in outputs:
-                answer = output.outputs[0]
-                logprobs = [{i: x.logprob for i, x in row.items()} for row in answer.logprobs]
-                yield Piece(list(answer.token_ids), logprobs, output.num_cached_tokens)
-
-    async def scan(self, ids: list[int], top: int) -> list[dict[int, float]]:
-        outputs = [o async for o in self._generate(ids, temperature=0.0, max_tokens=1, prompt_logprobs=top)]
-        rows = next(output.prompt_logprobs for output in outputs if output.prompt_logprobs)
-        return [{i: x.logprob for i, x in row.items()} for row in rows[1:]]
-
-    async def reload(self, folder: str) -> None:
-        await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-        await self.llm.reset_prefix_cache()
-
-    async def stop(self) -> None:
-        self.llm.shutdown()
-        del self.llm
-
-
-class _Server:
-    """An OpenAI server of vLLM that runs already."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self.url = spec.url.rstrip("/").removesuffix("/v1")
-        self.model, self.length = _served(self.url, spec)
-        # The server closes idle connections after 5 s, and to use one just then is an error.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2)
-        timeout = httpx.Timeout(PATIENCE, connect=10)
-        self.client = httpx.AsyncClient(base_url=self.url, limits=limits, timeout=timeout)
-        self._lost = False  # it did not answer when it was last asked
-        self._asking = asyncio.Lock()
-
-    async def complete(self, ids: list[int], **asked) -> AsyncIterator[Piece]:
-        """The tokens the server writes after `ids`; to close it before its end aborts the request."""
-        asked |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
-        asked |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
-        async with aclosing(self._lines(ids, asked)) as lines:
-            async for line in lines:
-                if not line.startswith("data: {"):
-                    continue
-                answer = json.loads(line.removeprefix("data: "))
-                if "error" in answer:
-                    raise SrlibError(f"The server at {self.url} failed on a request: {_message(answer)}")
-                cached = ((answer.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
-                choice = answer["choices"][0] if answer["choices"] else {}
-                new, rows = choice.get("token_ids") or [], choice.get("logprobs") or {}
-                logprobs = [{i: x} for i, x in zip(new, rows.get("token_logprobs") or [])]
-                for row, others in zip(logprobs, rows.get("top_logprobs") or []):
-                    row |= {int(name.removeprefix("token_id:")): x for name, x in (others or {}).items()}
-                yield Piece(new, logprobs, cached)
-
-    async def scan(self, ids: list[int], top: int) -> list[dict[int, float]]:
-        asked = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": top}
-        answer = json.loads("".join([line async for line in self._lines(ids, asked)]))
-        rows = answer["choices"][0]["prompt_logprobs"]
-        return [{int(i): x["logprob"] for i, x in row.items()} for row in rows[1:]]
-
-    async def reload(self, folder: str) -> None:
-        order = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-        for path, body in (("/collective_rpc", order), ("/reset_prefix_cache", None)):
-            try:
-                (await self.client.post(path, json=body)).raise_for_status()
-            except httpx.HTTPError as error:
-                raise SrlibError(
-                    f"The server at {self.url} did not take the weights in {folder} ({error}); start it with "
-                    "VLLM_SERVER_DEV_MODE=1, where it can read that folder."
-                ) from None
-
-    async def _lines(self, ids: list[int], asked: dict[str, Any]) -> AsyncIterator[str]:
-        """Ask for what comes after `ids`; the lines of the answer. A server that is not there is waited for.
-
-        Raises:
-            SrlibError: it refused, broke off, or did not come back in time.
-        """
-        # What is not said here the server takes from the model's generation_config.json.
-        plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-        body = {"model": self.model, "prompt": ids} | plain | asked
-        while True:
-            await self._there()
-            try:
-                async with self.client.stream("POST", "/v1/completions", json=body) as response:
-                    if response.status_code >= 500:
-                        raise httpx.ReadError(f"status {response.status_code}")
-                    if response.status_code != 200:
-                        message = _message(json.loads(await response.aread()))
-                        raise SrlibError(f"The server at {self.url} refused a request: {message}")
-                    async for line in response.aiter_lines():
-                        yield line
-                return
-            except (httpx.ConnectError, httpx.ConnectTimeout):
-                self._lost = True  # and nothing was asked yet
-            except httpx.TransportError as error:
-                self._lost = True
-                reason = str(error) or type(error).__name__
-                raise SrlibError(
-                    f"The server at {self.url} broke off in the middle of a request ({reason}); start it again."
-                ) from None
-
-    async def _there(self) -> None:
-        """Wait until a server that was lost answers again."""
-        pause, deadline, told = 0.5, time.monotonic() + PATIENCE, False
-        async with self._asking:  # one asks for all
-            while self._lost:
-                try:
-                    self._lost = (await self.client.get("/health", timeout=10)).status_code != 200
-                except httpx.TransportError:
-                    pass
-                if self._lost and time.monotonic() > deadline:
-                    raise SrlibError(f"The server at {self.url} has not answered for {PATIENCE:.0f} s; start it again.")
-                if self._lost and not told:
-                    print(f"The server at {self.url} does not answer; waiting for it, up to {PATIENCE:.0f} s.")
-                    told = True
-                if self._lost:
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, 10)
-
-    async def stop(self) -> None:
-        await self.client.aclose()
-
-
-async def _gather(works: Iterable[Coroutine]) -> list:
-    """The results of `works`, which are done at the same time; the first error ends them all."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work) for work in works]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
-
-
-def _stop(model: _Local | _Server, loop: asyncio.AbstractEventLoop, thread: Thread) -> None:
+def _stop(model: Local | Server, loop: asyncio.AbstractEventLoop, thread: Thread) -> None:
     async def stop() -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
@@ -454,23 +289,11 @@ def _drawn(sampling: Sampling, position: int) -> dict[str, Any]:
     }
 
 
-def entropy(logprobs: Iterable[float]) -> float:
-    """In nats, of a distribution whose likeliest tokens are given; all others count as one."""
-    shares = [math.exp(x) for x in logprobs]
-    rest = max(0.0, 1.0 - sum(shares))
-    return -sum(p * math.log(p) for p in (*shares, rest) if p > 0)
-
-
-def _message(answer: dict) -> str:
-    error = answer.get("error", answer)
-    return str(error.get("message", error) if isinstance(error, dict) else error)
-
-
 def _texts(spec: ModelSpec) -> tuple[Any, frozenset[int]]:
     """Tokenizer, and the ids that end a text."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from srlib.engine.transformers import eos_of
+    from srlib.engine.models import eos_of
 
     if not spec.url:
         check(spec)
@@ -486,27 +309,9 @@ def _texts(spec: ModelSpec) -> tuple[Any, frozenset[int]]:
     return tokenizer, eos_of(generation, tokenizer)
 
 
-def _served(url: str, spec: ModelSpec) -> tuple[str, int]:
-    """The name a server has for the model of `spec`, and the longest sequence it takes."""
-    try:
-        cards = httpx.get(f"{url}/v1/models", timeout=10).raise_for_status().json()["data"]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
-        raise SrlibError(
-            f"No vLLM server answers at {url} ({error}); start one there (`vllm serve {spec.path}`), or mend `url`."
-        ) from None
-    wanted = {spec.adapter, f"{spec.adapter}/merged"} if spec.adapter else {spec.path}
-    found = [card for card in cards if wanted & {card["id"], card.get("root")}]
-    if not found and len(cards) == 1 and spec.path not in (cards[0]["id"], cards[0].get("root")):
-        found = cards  # where the server is, the files have a name of their own
-    if not found:
-        names = ", ".join(card["id"] for card in cards)
-        raise SrlibError(f"The server at {url} does not serve {spec.adapter or spec.path}; it has {names}.")
-    return found[0]["id"], next(card["max_model_len"] for card in (*found, *cards) if card.get("max_model_len"))
-
-
-async def _start(spec: ModelSpec, slots: int) -> _Local | _Server:
+async def _start(spec: ModelSpec, slots: int) -> Local | Server:
     if spec.url:
-        return _Server(spec)
+        return Server(spec)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
         from vllm.platforms import current_platform
@@ -520,97 +325,11 @@ async def _start(spec: ModelSpec, slots: int) -> _Local | _Server:
     lora = spec.adapter if spec.adapter and beside(spec) else None
     path = spec.path if lora or not spec.adapter else str(merge(spec))
     try:
-        return _Local(arguments(spec, path, slots, lora, cpu), lora)
+        return Local(arguments(spec, path, slots, lora, cpu), lora)
     except SrlibError:
         raise
     except Exception as error:
         raise SrlibError(f"vLLM could not load {path}: {' '.join(str(error).split())}") from error
-
-
-def arguments(spec: ModelSpec, path: str, slots: int, lora: str | None, cpu: bool) -> dict[str, Any]:
-    """The settings of a spec as vLLM's engine arguments.
-
-    Raises:
-        SrlibError: the weights are not quantised in the way the spec says.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path)
-    if spec.quantization in ("awq", "gptq") and not getattr(config, "quantization_config", None):
-        raise SrlibError(f"quantization is {spec.quantization}, but the weights of {path} are not quantised.")
-    given = {
-        "model": path,
-        "skip_tokenizer_init": True,
-        "dtype": ("float32" if cpu else "bfloat16") if spec.dtype == "auto" else spec.dtype,
-        # awq and gptq weights say so themselves; vLLM then takes the fastest kernel for them.
-        "quantization": {"nf4": "bitsandbytes", "fp8": "fp8"}.get(spec.quantization),
-        "tensor_parallel_size": spec.tensor_parallel,
-        "pipeline_parallel_size": spec.pipeline_parallel,
-        "distributed_executor_backend": "ray" if spec.ray else None,
-        "enforce_eager": not spec.compile,
-        "max_num_seqs": slots,
-        "enable_prefix_caching": True,
-        "logprobs_mode": "processed_logprobs",
-        "trust_remote_code": False,
-        "seed": 0,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-    }
-    if spec.context:
-        longest = getattr(config, "max_position_embeddings", spec.context + 1)
-        given["max_model_len"] = min(spec.context + 1, longest)
-    if spec.device.startswith("cuda:"):
-        given["device_ids"] = [int(spec.device.removeprefix("cuda:"))]
-    if cpu:
-        given["block_size"] = 32  # the least for a CPU, where 128 is usual
-    if size := spec.kv_cache_gb or (CPU_CACHE_GB if cpu else None):
-        # The share of memory is then a mere check at the start, which a second model here would fail.
-        given |= {"kv_cache_memory_bytes": int(size * 2**30), "gpu_memory_utilization": 0.01}
-    if lora:
-        rank = _adapter_config(lora)["r"]
-        given |= {"enable_lora": True, "max_lora_rank": next((r for r in LORA_RANKS if r >= rank), rank)}
-    return given
-
-
-def _adapter_config(adapter: str) -> dict[str, Any]:
-    return json.loads((Path(adapter) / "adapter_config.json").read_text())
-
-
-def beside(spec: ModelSpec) -> bool:
-    """Whether vLLM lays the adapter of `spec` beside the weights; else the two are merged.
-
-    Raises:
-        SrlibError: it has to be merged, but the weights are quantised.
-    """
-    config = _adapter_config(spec.adapter)
-    pure = not (config.get("trainable_token_indices") or config.get("modules_to_save"))
-    if spec.quantization != "none" and not pure:
-        raise SrlibError(
-            f"{spec.adapter} has trained token embeddings, which vLLM cannot lay on {spec.quantization} weights; "
-            "set quantization to none, or engine to transformers."
-        )
-    return pure and (not spec.merge or spec.quantization != "none")
-
-
-def merge(spec: ModelSpec) -> Path:
-    """Folder with base and adapter of `spec` as one model; made whole or not at all, anew if the adapter is newer."""
-    from srlib.engine.transformers import dtype_of, load_model
-
-    adapter = Path(spec.adapter)
-    folder, dtype = adapter / "merged", str(dtype_of(spec)).removeprefix("torch.")
-    mark, source = folder / "source.json", json.dumps({"base": spec.path, "dtype": dtype})
-    newest = max(file.stat().st_mtime for file in adapter.iterdir() if file.is_file())
-    if mark.is_file() and mark.read_text() == source and mark.stat().st_mtime >= newest:
-        return folder
-    model, tokenizer = load_model(spec.model_copy(update={"merge": True, "device": "cpu", "dtype": dtype}))
-    with tempfile.TemporaryDirectory(dir=adapter) as temporary:
-        made = Path(temporary) / "merged"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        (made / mark.name).write_text(source)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(made, folder)
-    return folder
 
 
 def load(spec: ModelSpec, slots: int) -> VllmEngine:

@@ -1,0 +1,12 @@
+"""Which parts of a worked trace the big model should write.
+
+- `traces`: the traces, given or written here
+- `annotators`: gap, entropy, random, given; a run of any of them
+- `judge`: a language model is asked
+- `alignment`: quotes found again in a text
+- `agreement`: how far two annotators mark the same
+"""
+
+from srlib.annotation.alignment import align
+
+__all__ = ["align"]

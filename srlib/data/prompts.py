@@ -1,0 +1,58 @@
+"""Prompts: how a question is put to a model, in words and in ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from srlib import SrlibError
+from srlib.params.loading import nearest
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Ids of a prompt as the model is asked: through the tokenizer's chat template, if it has one."""
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """`encode_prompt` of each of `prompts`, in half the time."""
+    return encode_for_each([tokenizer], prompts)[0]
+
+
+def encode_for_each(tokenizers: list, prompts: list[str]) -> list[list[list[int]]]:
+    """`encode_prompts` for each of `tokenizers`; a chat template that several share is filled in once."""
+    ids_alone = {"return_attention_mask": False}
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    filled: dict[tuple[Any, ...], list[str]] = {}
+    encoded = []
+    for tokenizer in tokenizers:
+        if not prompts:
+            encoded.append([])
+        elif tokenizer.chat_template is None:
+            encoded.append(tokenizer(prompts, **ids_alone)["input_ids"])
+        else:
+            key = (type(tokenizer), str(tokenizer.chat_template), str(tokenizer.special_tokens_map))
+            if key not in filled:
+                filled[key] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            encoded.append(tokenizer(filled[key], add_special_tokens=False, **ids_alone)["input_ids"])
+    return encoded
+
+
+FORMATS = {
+    "plain": "{question}",
+    "boxed": "{question}\n\nReason step by step, and put the final answer into \\boxed{}.",
+    "base": "Question: {question}\n\nAnswer, step by step, with the final result in \\boxed{}: ",
+}
+
+
+def ask(question: str, how: str) -> str:
+    """A question as the model is asked it: `how` is one of `FORMATS`, or a text with {question} in it.
+
+    Raises:
+        SrlibError: it is neither.
+    """
+    text = FORMATS.get(how, how)
+    if "{question}" not in text:
+        near = nearest(how, list(FORMATS))
+        hint = f"; did you mean {near!r}?" if near else "."
+        raise SrlibError(f"prompt is {how!r}, which is none of {', '.join(FORMATS)} and has no {{question}}{hint}")
+    return text.replace("{question}", question)

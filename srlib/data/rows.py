@@ -1,0 +1,106 @@
+"""Rows in files: the schema of problems and of annotated traces, read and written whole, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+
+from srlib import SrlibError
+from srlib.data import spans
+from srlib.data.spans import Span
+
+
+class Problem(BaseModel):
+    """One problem; `trace` is a worked solution from `<think>` to the boxed answer, if known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    prompt: str
+    answer: str
+    trace: str | None = None
+    meta: dict[str, Any] = {}
+
+
+Row = TypeVar("Row", BaseModel, dict)
+
+
+def read_jsonl(path: str | Path, row: type[Row]) -> list[Row]:
+    """Every line of `path` as a `row`: a model of pydantic, or a plain dict.
+
+    Raises:
+        SrlibError: no such file, an empty file, or a line that is no such row (its number is named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SrlibError(f"There is no file {path}.")
+    rows, adapter = [], TypeAdapter(row)
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(adapter.validate_json(line))
+            except ValidationError as error:
+                first = error.errors()[0]
+                field = ".".join(map(str, first["loc"]))
+                raise SrlibError(
+                    f"{path}, line {number} is not a {row.__name__}: {field + ': ' if field else ''}{first['msg']}."
+                ) from None
+    if not rows:
+        raise SrlibError(f"{path} is empty: it needs at least one {row.__name__}.")
+    return rows
+
+
+def write_jsonl(path: str | Path, rows: Iterable[BaseModel | dict[str, Any]]) -> Path:
+    """Write `rows` to `path`, whole or not at all (a temporary file takes its place at the end)."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        for row in rows:
+            values = row.model_dump() if isinstance(row, BaseModel) else row
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+    os.replace(part, path)
+    return path
+
+
+class Annotated(BaseModel):
+    """A worked trace and the spans of it, in characters, that the big model should write."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    prompt: str
+    answer: str
+    trace: str
+    spans: list[Span]
+    share: float  # of the trace's tokens
+    annotator: str
+
+    @model_validator(mode="after")
+    def _spans_fit(self) -> Annotated:
+        spans.wrap(self.trace, self.spans)
+        return self
+
+    @property
+    def tagged(self) -> str:
+        """The trace with its tags."""
+        return spans.wrap(self.trace, self.spans)
+
+    @property
+    def pieces(self) -> list[tuple[str, bool]]:
+        """The trace cut at its spans: (text, in a span)."""
+        ends = [0, *(position for span in self.spans for position in span), len(self.trace)]
+        return [(self.trace[a:b], i % 2 == 1) for i, (a, b) in enumerate(zip(ends, ends[1:]))]
+
+
+def write_json(path: Path, content: object) -> None:
+    """Whole or not at all: a temporary file takes the place of the old one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)

@@ -1,0 +1,343 @@
+"""The writing of one trace: what a policy may do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from srlib.data import spans
+from srlib.decoding.trace import BIG, FORCED, NAN, SMALL, Handover, Trace
+from srlib.engine import STOP_TAIL, Request, Sampling
+
+if TYPE_CHECKING:
+    from srlib.decoding.scheduler import Offloader
+
+Steps = Generator[Request, None, None]  # what is waited for, until it is done
+
+
+class _Side:
+    """One model's view of one trace: a sequence, and what it has still to read."""
+
+    def __init__(self, engine, prompt_ids: list[int], sampling: Sampling) -> None:
+        self.engine, self.sampling = engine, sampling
+        self.unread = list(prompt_ids)
+        self.sequence = None
+        self.length = 0  # ids the sequence has, as far as they have been heard of
+
+    def request(self, **ask) -> Request:
+        """To read what is unread and do what is asked; to yield it is to submit it and wait for it."""
+        if self.sequence is None:
+            self.sequence = self.engine.open([], self.sampling)
+        feed, self.unread = self.unread, []
+        self.length += len(feed)
+        return Request(self.sequence, feed, **ask)
+
+    def answered(self, request: Request) -> None:
+        """Take note of what `request`, which is done, has written.
+
+        Raises:
+            SrlibError: it failed.
+        """
+        if request.error:
+            raise request.error
+        self.length += len(request.ids)
+
+    def read(self) -> None:
+        """Have what is unread read while others work."""
+        if self.unread:
+            self.engine.submit(self.request())
+
+    def take_back(self, tokens: int) -> None:
+        """Take the last `tokens` ids back."""
+        self.length -= tokens
+        self.engine.truncate(self.sequence, self.length)
+
+    def close(self) -> None:
+        """Give the slot back."""
+        if self.sequence is not None:
+            self.engine.close(self.sequence)
+
+    @property
+    def forwarded(self) -> int:
+        """How many tokens the model has processed for this trace."""
+        return self.sequence.forwarded if self.sequence else 0
+
+
+class Writer:
+    """The writing of one trace: what a policy may do with it. What takes time is a generator of requests.
+
+    A request that is yielded is submitted as soon as fewer than `batch_size` wait for its model.
+    """
+
+    def __init__(self, offloader: Offloader, prompt_ids: list[int], big_prompt_ids: list[int], seed: int) -> None:
+        self.o, self.seed = offloader, seed
+        self.trace = Trace(list(prompt_ids), offloader.tags)
+        # One seed for both: where they agree on a token's distribution they draw the same token.
+        self.small = _Side(offloader.small, prompt_ids, Sampling(*offloader.sampling, seed))
+        self.big = _Side(offloader.big, big_prompt_ids, Sampling(*offloader.big_sampling, seed))
+        rooms = [
+            engine.context - len(ids)
+            for engine, ids in ((offloader.small, prompt_ids), (offloader.big, big_prompt_ids))
+            if engine is not None
+        ]
+        self.room = min(offloader.max_tokens, *rooms)
+        self.to_big, self.to_small = offloader.bridge.start()
+        self._unfed = 0  # ids of the big model's last chunk that have not gone through `to_small`
+        self._shown = 0  # the big model has been given the trace up to here, as far as the small one wrote it
+        if self.room <= 0:
+            self.trace.finish = "prompt"
+
+    @property
+    def left(self) -> int:
+        """Tokens left in the total budget."""
+        return self.room - len(self.trace.ids)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.trace.finish)
+
+    def close(self) -> None:
+        """Give the slots back."""
+        self.small.close()
+        self.big.close()
+
+    def count(self) -> None:
+        """Note in the trace what each model has processed for it."""
+        self.trace.small_forward_tokens, self.trace.big_forward_tokens = self.small.forwarded, self.big.forwarded
+
+    def small_writes(
+        self, n: int, tags: bool = False, max_entropy: float | None = None
+    ) -> Generator[Request, None, str | None]:
+        """Up to `n` tokens by the small model, up to a tag with `tags`, or to where it is unsure.
+
+        Args:
+            max_entropy: of a token's distribution, in nats; a token above it is not written.
+
+        Returns:
+            the tag it ended with, `unsure`, or None.
+        """
+        o, eos, start = self.o, self.o.small_eos, len(self.trace.ids)
+        ends = o.tag_ends if tags else {"stops": eos}
+        end = start + min(n, self.left)
+        while True:
+            before = len(self.trace.ids)
+            request = self.small.request(
+                max_new=min(end - before, o.stream_chunk or o.max_tokens),
+                max_entropy=max_entropy,
+                recent=self.trace.ids[max(start, before - STOP_TAIL) : before],
+                **ends,
+            )
+            yield request
+            self.small.answered(request)
+            self._append(request.ids, SMALL, request.logprobs)
+            if request.stopped or request.unsure or len(self.trace.ids) >= end:
+                break
+            if o.big is not None:  # it reads along, but for what may be the beginning of a tag
+                self._show(start, STOP_TAIL if tags and o.plain_tags else 0)
+                self.big.read()
+        stopped = request.stopped
+        tag = self._settle(stopped) if isinstance(stopped, str) else o.tag_of.get(stopped)
+        self._end_if(stopped in eos)
+        if not self.done:
+            self._show(start, len(o.ids_of[tag]) if tag else 0, last=True)
+        return tag or ("unsure" if request.unsure else None)
+
+    def big_writes(self, n: int) -> Steps:
+        """Up to `n` tokens by the big model."""
+        start, began = len(self.trace.ids), self.o.clock()
+        ended = yield from self._big_chunk(self._ask_big(n), last=True)
+        self._end_if(ended)
+        self._handover(start, len(self.trace.ids), self.trace.finish or "chunk", began)
+
+    def span(self, budget: int | None = None) -> Steps:
+        """The big model writes until the small one would close the span, or a budget or the text ends.
+
+        Args:
+            budget: most tokens of the span, where it is to be less than the span budget.
+        """
+        o, start, began, closed_by, tag = self.o, len(self.trace.ids), self.o.clock(), "", 0
+        budget = min(budget or o.span_budget, o.span_budget)
+        request = self._ask_big(min(o.control_chunk, budget))
+        while not closed_by:
+            before = len(self.trace.ids)
+            ended = yield from self._big_chunk(request)
+            n, ahead = len(self.trace.ids) - before, None
+            left = min(o.control_chunk, budget - (len(self.trace.ids) - start))
+            if o.overlap and left > 0 and self.left > 0 and not ended:
+                ahead = self.big.engine.submit(self._ask_big(left))
+            if n > ended:
+                tag = yield from self._close_if_wanted(n, n - ended, ahead)
+            if tag:
+                closed_by = "small"
+                continue
+            self._end_if(ended)
+            closed_by = self.trace.finish or ("budget" if left <= 0 else "")
+            if not closed_by:
+                request = ahead or self._ask_big(left)
+        if closed_by == "budget" and self.to_small.held:
+            self._take_back_big(n)
+        end = len(self.trace.ids) - tag
+        if closed_by == "budget":
+            close = list(self.trace.tags.close)[: self.left]
+            self._append(close, FORCED, [NAN] * len(close))
+            self.small.unread += close
+        self._end_if(False)
+        self._handover(start, end, closed_by, began)
+
+    def draft(self, n: int) -> Steps:
+        """The small model drafts `n` tokens; the big one keeps those it would have written, and adds the next.
+
+        Every token is the one that the big model alone would have written: in one pass over the
+        draft it answers what it would have put at each place. (Leviathan et al. 2023, arXiv
+        2211.17192; as both draw with one seed, kept and replaced tokens are exactly the big model's.)
+        """
+        eos = self.o.big_eos
+        asked = min(n, self.left - 1)
+        drafted: list[int] = []
+        if asked:
+            tags = () if self.o.plain_tags else self.o.tag_ids  # the big model does not know them
+            request = self.small.request(max_new=asked, stops=(*eos, *tags))
+            yield request
+            self.small.answered(request)
+            tag = len(request.stopped) if request.stopped in tags else 0
+            drafted = request.ids[: len(request.ids) - tag]
+            if tag:
+                self.small.take_back(tag)
+        began = self.o.clock()
+        self.big.unread += drafted
+        answer = self.big.request(ask=len(drafted) + 1)
+        yield answer
+        self.big.answered(answer)
+        kept = 0
+        while kept < len(drafted) and drafted[kept] == answer.own[kept]:
+            kept += 1
+        if drafted:
+            self._append(drafted[:kept], SMALL, request.logprobs[:kept])
+        if extra := len(drafted) - kept:
+            self.small.take_back(extra)
+            self.big.take_back(extra)
+        if kept and (drafted[kept - 1],) in eos:
+            return self._end_if(True)
+        start, token = len(self.trace.ids), answer.own[kept]
+        self._append([token], BIG, [NAN])
+        self.small.unread.append(token)
+        self.big.unread.append(token)
+        self._end_if((token,) in eos)
+        self._handover(start, start + 1, self.trace.finish or "draft", began)
+
+    def _ask_big(self, n: int) -> Request:
+        return self.big.request(max_new=min(n, self.left), stops=self.o.big_eos)
+
+    def _big_chunk(self, request: Request, last: bool = False) -> Generator[Request, None, bool]:
+        """What `request` has the big model write; returns whether the text ended."""
+        yield request
+        self.big.answered(request)
+        ended, same = request.stopped is not None, self.o.bridge.same
+        written = request.ids if same or not ended else request.ids[:-1]
+        ids = self.to_small.feed(written, last or ended)
+        self._unfed = len(request.ids) - len(written)  # the big model's end of text is no text
+        if ended and not same:
+            ids.append(self.o.tokenizer.eos_token_id)
+        if len(ids) > self.left:  # the small model writes it in more tokens
+            self._take_back_big(self.left)
+            ids, ended = ids[: self.left], False
+        self._append(ids, BIG, request.logprobs if same else [NAN] * len(ids))
+        self.small.unread += ids
+        return ended
+
+    def _take_back_big(self, kept: int) -> None:
+        """Of what the big model's last chunk is to the small one, only the first `kept` ids stay."""
+        taken, again = self.to_small.rewind(kept)
+        if taken + self._unfed:
+            self.big.take_back(taken + self._unfed)
+        self._unfed = 0
+        self.big.unread += again
+
+    def _close_if_wanted(self, n: int, asked: int, ahead: Request | None) -> Generator[Request, None, int]:
+        """The small model reads the last `n` tokens: would it close the span after one of the first `asked`?
+
+        If so, the tokens behind that place are dropped, `ahead` is taken back, and the tag is
+        written. Returns its length, or 0.
+        """
+        close, o = self.trace.tags.close, self.o
+        request = self.small.request(ask=n, watch=close[0])
+        yield request
+        self.small.answered(request)
+        place = next((i for i, token in enumerate(request.own[:asked]) if token in o.may_close), None)
+        if place is None or (self.left < len(close) and n == place + 1):
+            return 0
+        tries = None
+        if o.plain_tags:  # it began like the tag: the small model writes on, and another word is taken back
+            tries = self.small.request(max_new=len(close) + 2, stop_texts=spans.SPELLINGS)
+            yield tries
+            self.small.answered(tries)
+            text = o.tokenizer.decode(tries.ids).lstrip()
+            if not text.startswith(spans.SPELLINGS[1:]):
+                self.small.take_back(len(tries.ids))
+                return 0
+        if ahead is not None:
+            self.big.engine.cancel(ahead)
+        self._take_back_big(place + 1)
+        if extra := n - place - 1:
+            self.small.take_back(extra)
+            self._drop(extra)
+        if tries is None:
+            self._append(list(close), SMALL, [request.watched[place]])
+            self.small.unread += close
+        elif tuple(tries.ids) == close:
+            self._append(tries.ids, SMALL, tries.logprobs)
+        else:
+            self.small.take_back(len(tries.ids))
+            self._append(list(close), FORCED, [NAN] * len(close))
+            self.small.unread += close
+        return len(close)
+
+    def _settle(self, tag: str) -> str:
+        """Write the tag that the last tokens spell in the tokens it has alone; returns it in its usual spelling."""
+        o = self.o
+        tail = self.trace.ids[-STOP_TAIL:]
+        text = o.tokenizer.decode(tail)
+        at = text.rindex(tag)
+        kept = len(tail)
+        while not text[:at].startswith(before := o.tokenizer.decode(tail[:kept])):
+            kept -= 1
+        tag = spans.OPEN if tag == spans.OPEN else spans.CLOSE
+        written = list(o.ids_of[tag])
+        again = o.tokenizer.encode(text[len(before) : at], add_special_tokens=False) + written
+        if again != tail[kept:] and self.left + len(tail) - kept >= len(again):
+            self.small.take_back(len(tail) - kept)
+            self._drop(len(tail) - kept)
+            self._append(again, FORCED, [NAN] * len(again))
+            self.small.unread += again
+        return tag
+
+    def _show(self, start: int, but: int, last: bool = False) -> None:
+        """The big model gets to read what the small one has written since `start`, but for the last `but` ids."""
+        fresh = self.trace.ids[max(start, self._shown) : len(self.trace.ids) - but]
+        self._shown = max(start, self._shown) + len(fresh)
+        if not self.o.plain_tags:
+            fresh = [token for token in fresh if token not in self.o.tag_tokens]
+        self.big.unread += self.to_big.feed(fresh, last)
+
+    def _drop(self, tokens: int) -> None:
+        for column in (self.trace.ids, self.trace.owners, self.trace.logprobs):
+            del column[-tokens:]
+
+    def _append(self, ids: list[int], owner: int, logprobs: list[float]) -> None:
+        self.trace.ids += ids
+        self.trace.owners += [owner] * len(ids)
+        self.trace.logprobs += logprobs
+
+    def _end_if(self, ended: bool) -> None:
+        if ended:
+            self.trace.finish = "eos"
+        elif self.left <= 0 and not self.trace.finish:
+            self.trace.finish = "length"
+
+    def _handover(self, start: int, end: int, closed_by: str, began: float) -> None:
+        """Record a stretch of the big model; one that goes on where the last one ended is the same."""
+        seconds, handovers = self.o.clock() - began, self.trace.handovers
+        if handovers and handovers[-1].start + handovers[-1].tokens == start:
+            last = handovers.pop()
+            start, began, seconds = last.start, last.began, self.o.clock() - last.began
+        handovers.append(Handover(start, end - start, closed_by, began, seconds))

@@ -1,0 +1,93 @@
+"""Adapters: the tags as tokens, what is trained, and how it is saved, merged and laid on a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from srlib import SrlibError
+from srlib.data.spans import CLOSE, OPEN
+from srlib.params.models import ModelSpec
+
+
+def add_tags(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Make each tag one token of the tokenizer; returns the two ids."""
+    tokenizer.add_tokens([OPEN, CLOSE])
+    return tokenizer.convert_tokens_to_ids([OPEN, CLOSE])
+
+
+def write_adapter(trainer, folder: Path) -> None:
+    """Adapter and tokenizer, the same bytes for the same training."""
+    for config in trainer.model.peft_config.values():
+        config.target_modules = sorted(config.target_modules)  # a set, written in any order
+    # The tags' rows are saved with the adapter; the rest of the grown embeddings is the base model's.
+    trainer.model.save_pretrained(folder, save_embedding_layers=False)
+    trainer.processing_class.save_pretrained(folder)
+
+
+def ready_for_trl(model) -> None:
+    """Two mends: for TRL's fused loss, and for 4-bit weights on a CPU."""
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):  # PEFT's wrapper around trained rows has none, and TRL asks for it
+        head.bias = None
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' packing for inference has no backward
+            module.support_avx512bf16_for_cpu = False
+
+
+def embedding_rows(model, tokens: list[int] | None) -> dict[str, list[int]] | None:
+    """The rows of the embeddings to train; the output layer has rows of its own unless it is tied."""
+    if tokens is None:
+        return None
+    names = {id(module): name.split(".")[-1] for name, module in model.named_modules()}
+    rows = {names[id(model.get_input_embeddings())]: tokens}
+    if not model.config.tie_word_embeddings:
+        rows[names[id(model.get_output_embeddings())]] = tokens
+    return rows
+
+
+def _adapter_config(adapter: str) -> dict[str, Any]:
+    return json.loads((Path(adapter) / "adapter_config.json").read_text())
+
+
+def beside(spec: ModelSpec) -> bool:
+    """Whether vLLM lays the adapter of `spec` beside the weights; else the two are merged.
+
+    Raises:
+        SrlibError: it has to be merged, but the weights are quantised.
+    """
+    config = _adapter_config(spec.adapter)
+    pure = not (config.get("trainable_token_indices") or config.get("modules_to_save"))
+    if spec.quantization != "none" and not pure:
+        raise SrlibError(
+            f"{spec.adapter} has trained token embeddings, which vLLM cannot lay on {spec.quantization} weights; "
+            "set quantization to none, or engine to transformers."
+        )
+    return pure and (not spec.merge or spec.quantization != "none")
+
+
+def merge(spec: ModelSpec) -> Path:
+    """Folder with base and adapter of `spec` as one model; made whole or not at all, anew if the adapter is newer."""
+    from srlib.engine.models import dtype_of, load_model
+
+    adapter = Path(spec.adapter)
+    folder, dtype = adapter / "merged", str(dtype_of(spec)).removeprefix("torch.")
+    mark, source = folder / "source.json", json.dumps({"base": spec.path, "dtype": dtype})
+    newest = max(file.stat().st_mtime for file in adapter.iterdir() if file.is_file())
+    if mark.is_file() and mark.read_text() == source and mark.stat().st_mtime >= newest:
+        return folder
+    model, tokenizer = load_model(spec.model_copy(update={"merge": True, "device": "cpu", "dtype": dtype}))
+    with tempfile.TemporaryDirectory(dir=adapter) as temporary:
+        made = Path(temporary) / "merged"
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        (made / mark.name).write_text(source)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(made, folder)
+    return folder

@@ -1,0 +1,33 @@
+"""What the two ways to vLLM share."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Coroutine, Iterable
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """Some tokens of an answer, as they come."""
+
+    ids: list[int]
+    logprobs: list[dict[int, float]]  # for each of `ids`: of that id, and of others that were asked for
+    cached: int | None  # how many ids of the prompt were in the cache; None: not told
+
+
+async def gather(works: Iterable[Coroutine]) -> list:
+    """The results of `works`, which are done at the same time; the first error ends them all."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def entropy(logprobs: Iterable[float]) -> float:
+    """In nats, of a distribution whose likeliest tokens are given; all others count as one."""
+    shares = [math.exp(x) for x in logprobs]
+    rest = max(0.0, 1.0 - sum(shares))
+    return -sum(p * math.log(p) for p in (*shares, rest) if p > 0)

@@ -1,0 +1,42 @@
+"""Typed parameters of every stage, read from one YAML file and checked before any work.
+
+- `models`: a model, a pair of them
+- `stages`: one section for each stage and each command
+- `run`: all sections together, `Params`, and where a run's artefacts lie
+- `loading`: from a file to checked values; a sentence where it is wrong
+- `names`: the nearest name to one that is none
+- `paths`: the clone, and paths as they are seen from here
+
+A file in the folder `params/` is a scale: the same notebooks run on a laptop or on a node, and only
+the file differs. This room knows names, types and limits; it knows nothing of models, and no torch.
+"""
+
+from srlib.params.loading import build, from_notebook, load, parse_override
+from srlib.params.models import ModelSpec, Pair, Section
+from srlib.params.names import nearest
+from srlib.params.paths import ROOT, find, here
+from srlib.params.run import Params
+from srlib.params.stages import (
+    Annotate,
+    Arith,
+    ArithModel,
+    Base,
+    Bench,
+    Data,
+    Evaluate,
+    Grpo,
+    Hardware,
+    Judge,
+    Latency,
+    Offload,
+    Pipelining,
+    Sft,
+    Source,
+    slots_for,
+)
+
+__all__ = [
+    "ROOT", "Annotate", "Arith", "ArithModel", "Base", "Bench", "Data", "Evaluate", "Grpo", "Hardware", "Judge",
+    "Latency", "ModelSpec", "Offload", "Pair", "Params", "Pipelining", "Section", "Sft", "Source", "build", "find",
+    "from_notebook", "here", "load", "nearest", "parse_override", "slots_for",
+]  # fmt: skip

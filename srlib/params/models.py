@@ -1,0 +1,58 @@
+"""A model and a pair of them: where they are, and how they are loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelSpec(Section):
+    """Where a model is and how it is loaded."""
+
+    path: str | None = Field(None, description="folder or hub name; empty: the one stage 00 trains")
+    adapter: str | None = Field(None, description="folder of a LoRA adapter to lay on top")
+    merge: bool = Field(True, description="fold the adapter into the weights when it is loaded")
+    engine: Literal["transformers", "vllm"] = "transformers"
+    url: str | None = Field(None, description="vllm: address of a running server, such as http://127.0.0.1:8000")
+    process: bool = Field(
+        False, description="transformers: in a process of its own, so that both models of a pair work at the same time"
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4", "int8", "awq", "gptq", "fp8"] = Field(
+        "none", description="nf4 and int8: by bitsandbytes, either engine (vllm: nf4 alone); the others: vllm"
+    )
+    context: int | None = Field(None, ge=16, description="longest sequence there is room for; empty: the model's own")
+    kv_cache_gb: float | None = Field(None, gt=0, description="vllm: size of the KV cache in GiB, on each device")
+    tensor_parallel: int = Field(1, ge=1, description="vllm: devices that share every layer")
+    pipeline_parallel: int = Field(1, ge=1, description="vllm: groups of devices that share the layers out")
+    ray: bool = Field(False, description="vllm: the devices are on several machines, under Ray")
+    compile: bool = Field(False, description="vllm: compile the model and replay CUDA graphs; slower to start")
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> ModelSpec:
+        if self.engine == "transformers":
+            if self.quantization in ("awq", "gptq", "fp8"):
+                raise ValueError(
+                    f"quantization {self.quantization} needs engine: vllm; transformers takes nf4 and int8"
+                )
+            if self.url or self.ray or self.compile or self.tensor_parallel * self.pipeline_parallel > 1:
+                raise ValueError("url, ray, compile and the parallel settings need engine: vllm")
+        elif self.process:
+            raise ValueError("process needs engine: transformers; vllm works by itself")
+        if self.engine == "vllm" and self.quantization == "int8":
+            raise ValueError("quantization int8 needs engine: transformers; vllm takes nf4, awq, gptq and fp8")
+        return self
+
+
+class Pair(Section):
+    small: ModelSpec = ModelSpec()
+    big: ModelSpec = ModelSpec()
+    tuned: ModelSpec | None = Field(
+        None, description="a small model that writes the tags already: 01 to 03 are left out"
+    )

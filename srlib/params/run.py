@@ -1,0 +1,133 @@
+"""Everything a run depends on: the sections of a params file together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from srlib.params.models import ModelSpec, Pair, Section
+from srlib.params.paths import ROOT, find
+from srlib.params.stages import (
+    Annotate,
+    Arith,
+    Base,
+    Bench,
+    Data,
+    Evaluate,
+    Grpo,
+    Hardware,
+    Latency,
+    Offload,
+    Sft,
+    Source,
+    slots_for,
+)
+
+
+class Params(Section):
+    """Everything a run depends on. Each field is one section of the YAML file."""
+
+    run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the folder in outputs/")
+    seed: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice")
+    outputs: str = Field("outputs", description="folder that holds the runs")
+    base: Base | None = Field(None, description="a run whose earlier stages this one shares")
+    hardware: Hardware = Hardware()
+    pair: Pair = Pair()
+    data: Data = Data()
+    arith: Arith = Arith()
+    annotate: Annotate = Annotate()
+    sft: Sft = Sft()
+    latency: Latency = Latency()
+    grpo: Grpo = Grpo()
+    offload: Offload = Offload()
+    evaluate: Evaluate = Evaluate()
+    bench: Bench = Bench()
+
+    @model_validator(mode="after")
+    def _rollouts_can(self) -> Params:
+        if self.grpo.use_vllm and self.pair.small.quantization != "none":
+            raise ValueError(
+                f"grpo.use_vllm merges what is trained into the weights, and pair.small.quantization is "
+                f"{self.pair.small.quantization}; set one to false or the other to none"
+            )
+        return self
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Stages that make the tuned small model, where one is given."""
+        return ("01_annotate", "02_sft", "03_grpo") if self.pair.tuned is not None else ()
+
+    @property
+    def rollout_slots(self) -> int:
+        """Rollouts that one process of stage 03 has under way."""
+        at_once = slots_for(self.grpo.rollouts_at_once or self.offload.batch_size, self.offload.oversubscribe)
+        return min(at_once, self.grpo.batch_size // self.grpo.processes)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder; a relative `outputs` is taken from the clone."""
+        return ROOT / self.outputs / self.run
+
+    def where(self, stage: str) -> Path:
+        """The folder of a stage's artefacts, which may be another run's."""
+        shared = self.base is not None and stage in self.base.stages
+        return (ROOT / self.base.folder if shared else self.run_dir) / stage
+
+    def stage_dir(self, stage: str) -> Path:
+        """The folder for a stage's artefacts in this run, made if it is not there."""
+        folder = self.run_dir / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def small(self) -> ModelSpec:
+        """The small model as it is before fine-tuning."""
+        return self._resolve(self.pair.small, "small")
+
+    @property
+    def tuned(self) -> ModelSpec:
+        """The small model with the adapter of stage 02 on top, or the one that is given."""
+        if self.pair.tuned is not None:
+            return self._resolve(self.pair.tuned, "small")
+        return self.small.model_copy(update={"adapter": str(self.where("02_sft") / "adapter")})
+
+    @property
+    def reinforced(self) -> ModelSpec:
+        """The small model with the adapter of stage 03 on top."""
+        return self.small.model_copy(update={"adapter": str(self.where("03_grpo") / "adapter")})
+
+    @property
+    def rollout_small(self) -> ModelSpec:
+        """The small model as vLLM has it for the rollouts of stage 03: merged, in its stage's folder."""
+        spec, g = self.tuned, self.grpo
+        return spec.model_copy(
+            update={"engine": "vllm", "url": g.vllm_url, "kv_cache_gb": g.vllm_kv_cache_gb, "merge": True}
+        )
+
+    @property
+    def big(self) -> ModelSpec:
+        return self._resolve(self.pair.big, "big")
+
+    @property
+    def traces(self) -> Source:
+        return self.data.traces or Source(path=str(self.where("00_arith_pair") / "traces.jsonl"))
+
+    @property
+    def test(self) -> Source:
+        return self.data.test or Source(path=str(self.where("00_arith_pair") / "test.jsonl"))
+
+    @property
+    def dataset(self) -> str:
+        """Name of the test problems."""
+        return "arith" if self.data.test is None else Path(self.test.path).stem
+
+    @property
+    def annotated(self) -> Path:
+        return self.where("01_annotate") / "annotated.jsonl"
+
+    def _resolve(self, spec: ModelSpec, name: str) -> ModelSpec:
+        path = spec.path or str(self.where("00_arith_pair") / name)
+        local = find(path)
+        return spec.model_copy(update={"path": str(local) if local else path})

@@ -1,0 +1,7 @@
+"""Runs of the notebooks, and what the command line does.
+
+- `pipeline`: the notebooks of one params file, in order
+- `stages`: what each depends on; `manifest`: what each was made of
+- `sweep`: many runs
+- `bench`: the speed of the policies, side by side
+"""

@@ -1,0 +1,131 @@
+"""The stages: what each notebook depends on, and the artefacts between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from srlib import SrlibError, engine
+from srlib.data import problems
+from srlib.params.paths import ROOT
+from srlib.params.run import Params
+from srlib.params.stages import Source
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a notebook depends on: sections of the params, and artefacts of earlier stages."""
+
+    name: str
+    sections: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("00_arith_pair", ("arith",)),
+        Stage("01_annotate", ("annotate",), ("pair", "traces")),
+        Stage("02_sft", ("sft", "offload"), ("pair", "annotated", "test")),
+        Stage("03_grpo", ("grpo", "latency", "offload"), ("pair", "adapter", "traces", "test")),
+        Stage("04_offload", ("offload",), ("pair", "adapter", "test")),
+        Stage("05_evaluate", ("offload", "evaluate"), ("pair", "adapter", "reinforced", "test")),
+        Stage("06_reward_ablation", (), ("sweep",)),
+        Stage("07_latency", ("offload", "latency", "bench"), ("pair", "adapter", "test", "results")),
+    )
+}
+MAKERS = {
+    "pair": "00_arith_pair",
+    "traces": "00_arith_pair",
+    "test": "00_arith_pair",
+    "annotated": "01_annotate",
+    "adapter": "02_sft",
+    "reinforced": "03_grpo",
+    "sweep": "sweep",
+    "results": "05_evaluate",
+}
+# The policies of stage 05 that a trained model writes with; without them it is not needed.
+WRITTEN_WITH = {"adapter": {"learned", "learned_off", "rejection"}, "reinforced": {"grpo"}}
+
+
+def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
+    """Check that all a stage reads is there and whole, before any work.
+
+    Args:
+        made_now: stages that run before this one, whose artefacts need not be there yet.
+
+    Raises:
+        SrlibError: something is missing or damaged; the sentence names it and the stage that makes it.
+    """
+    for name in STAGES[stage].reads:
+        policies = WRITTEN_WITH.get(name) if stage == "05_evaluate" else None
+        if policies and not policies & {*p.evaluate.policies}:
+            continue
+        if MAKERS[name] not in made_now or artefacts(p)[name].given:
+            require_artefact(p, name, stage)
+
+
+def require_artefact(p: Params, name: str, reader: str) -> None:
+    """Check that one artefact is there and whole; the error names its `reader` and what makes it.
+
+    Raises:
+        SrlibError: it is not.
+    """
+    artefact, maker = artefacts(p)[name], MAKERS[name]
+    try:
+        artefact.check()
+    except SrlibError as error:
+        mend = f" Stage {maker} makes it: python -m srlib run … --only {maker}"
+        if maker not in STAGES:
+            mend = " This makes it: python -m srlib sweep params/ablations/latency.yaml"
+        raise SrlibError(f"{reader}: {error}{'' if artefact.given else mend}") from None
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What stages read: where it lies, how it is checked, and whether the user named it instead."""
+
+    paths: tuple[str | Path, ...]
+    check: Callable[[], object]
+    given: bool = False
+
+
+def artefacts(p: Params) -> dict[str, Artefact]:
+    from srlib.data.rows import Annotated
+
+    results = p.where("05_evaluate") / "results.json"
+    own_pair = p.pair.small.path is not None and p.pair.big.path is not None
+    return {
+        "pair": Artefact((p.small.path, p.big.path), lambda: (engine.check(p.small), engine.check(p.big)), own_pair),
+        "traces": Artefact((p.traces.file or p.traces.path,), lambda: _usable(p.traces), p.data.traces is not None),
+        "test": Artefact((p.test.file or p.test.path,), lambda: _readable(p.test), p.data.test is not None),
+        "annotated": Artefact((p.annotated,), lambda: problems.read_jsonl(p.annotated, Annotated)),
+        "adapter": Artefact(
+            (p.tuned.adapter or p.tuned.path,), lambda: engine.check(p.tuned), p.pair.tuned is not None
+        ),
+        "reinforced": Artefact((p.reinforced.adapter,), lambda: engine.check(p.reinforced)),
+        "results": Artefact((results,), lambda: _there(results)),
+        "sweep": Artefact((p.run_dir / "sweep.json",), lambda: _there(p.run_dir / "sweep.json")),
+    }
+
+
+def _readable(source: Source) -> None:
+    problems.load(source, None if source.file else 1)  # of a data set on the hub one row will do
+
+
+def _usable(source: Source) -> None:
+    if source.columns or not source.file:
+        from srlib.annotation import traces  # here, as it takes seconds to import what it needs
+
+        traces.load(source, 1, worked=False)  # damaged rows are left out, and one will do
+    else:
+        _readable(source)
+
+
+def _there(path: Path) -> None:
+    if not path.is_file():
+        raise SrlibError(f"There is no {path.name} in {path.parent}.")
+
+
+NOTEBOOKS = ROOT / "notebooks"

@@ -1,0 +1,4 @@
+"""What people look at.
+
+- `figures`: the figures of the notebooks
+"""

@@ -1,0 +1,151 @@
+"""Rollouts: TRL asks with prompts, two models answer with traces."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from srlib import engine
+from srlib.data import spans
+from srlib.data.grade import verdict
+from srlib.data.rows import Problem
+from srlib.decoding.policies import Learned, Never
+from srlib.decoding.scheduler import Offloader
+from srlib.decoding.trace import SMALL, Trace
+from srlib.engine.adapters import write_adapter
+from srlib.engine.transformers import TransformersEngine
+from srlib.params.models import ModelSpec
+from srlib.params.stages import Grpo, Offload
+from srlib.training.rewards import Rollout
+
+
+class Rollouts:
+    """TRL's `rollout_func`: a prompt in, a trace by two models out."""
+
+    def __init__(
+        self, tokenizer, big, problems: list[Problem], config: Grpo, offload: Offload, seed: int, samples: Path
+    ):
+        self.tokenizer, self.big, self.config = tokenizer, big, config
+        self.offload = offload.model_copy(update={"batch_size": config.rollouts_at_once or offload.batch_size})
+        self.problems = {problem.prompt: problem for problem in problems}
+        self.seed, self.samples = seed, samples
+        self.vllm: Synchronised | None = None  # writes the small model's part; None: the model that is trained does
+
+    def forget_from(self, step: int) -> None:
+        """Drop samples of `step` and later: a run taken up from a checkpoint writes them again."""
+        kept = self.samples.read_text(encoding="utf-8").splitlines(True) if self.samples.is_file() else []
+        self.samples.write_text("".join(line for line in kept if json.loads(line)["step"] < step), encoding="utf-8")
+
+    def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        step = trainer.state.global_step
+        if self.vllm is not None:
+            traces = self.write(self.vllm.engine, prompts, step)
+        else:
+            traces = self.write_with(trainer, prompts, step)
+        rollouts = [self.rollout(prompt, trace) for prompt, trace in zip(prompts, traces)]
+        if trainer.accelerator.is_main_process and step % self.config.sample_every == 0:
+            with self.samples.open("a", encoding="utf-8") as file:
+                for r in rollouts[: self.config.num_generations]:
+                    file.write(
+                        json.dumps({"step": step, "text": r.text, "correct": r.correct, "share": r.share}) + "\n"
+                    )
+        return {**self.columns(traces), "rollout": rollouts}
+
+    def write_with(self, trainer: GRPOTrainer, prompts: list[str], step: int) -> list[Trace]:
+        """`write` with the model that is trained, as it is now."""
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            training = model.training
+            model.eval()
+            small = TransformersEngine(model, self.tokenizer, slots=min(len(prompts), self.offload.slots))
+            traces = self.write(small, prompts, step)
+            model.train(training)
+        return traces
+
+    def columns(self, traces: list[Trace]) -> dict[str, list]:
+        """What TRL trains on: in each row ids, log-probabilities and mask run in parallel."""
+        own = [[owner == SMALL for owner in trace.owners] for trace in traces]
+        return {
+            "prompt_ids": [trace.prompt_ids for trace in traces],
+            "completion_ids": [trace.ids for trace in traces],
+            "logprobs": [[p if o else float("nan") for p, o in zip(t.logprobs, os)] for t, os in zip(traces, own)],
+            "env_mask": [[int(o) for o in os] for os in own],
+        }
+
+    def write(self, small, prompts: list[str], step: int) -> list[Trace]:
+        """One trace a prompt, with the current weights; the seed moves on with the step."""
+        alone = self.config.rollout == "self"
+        settings = self.offload.settings
+        settings["big_temperature"] = settings["temperature"]  # the big model answers as it will at inference
+        settings["temperature"], settings["top_p"] = self.config.temperature, 1.0
+        writer = Offloader(
+            small,
+            None if alone else self.big,
+            Never() if alone else Learned(),
+            seed=self.seed * 1_000_003 + step,
+            **settings,
+        )
+        traces = writer.run(prompts)
+        writer.raise_if_failed(traces)
+        return traces
+
+    def rollout(self, prompt: str, trace: Trace) -> Rollout:
+        """The counts that rewards are made of; with `rollout: self`, what the small model asks for counts as big."""
+        text = self.tokenizer.decode(trace.ids, skip_special_tokens=True)
+        plain = spans.inside(trace.ids, trace.tags)
+        return Rollout(
+            text=text,
+            correct=verdict(spans.strip(text), self.problems[prompt], self.offload.hint).correct,
+            group=prompt,
+            prompt_tokens=len(trace.prompt_ids),
+            small_tokens=len(plain) - sum(plain),
+            big_tokens=sum(plain),
+            handovers=len(spans.parse(trace.ids, trace.tags)),
+            well_formed=not trace.malformed,
+            max_tokens=self.offload.max_tokens,
+            tokens=len(trace.ids),
+        )
+
+
+class Synchronised:
+    """The small model on vLLM, which takes on what has been trained before each batch of rollouts.
+
+    The adapter is merged into the weights on disk, as for inference, and vLLM reads them from there: some seconds
+    for a model of 1.5B. A server reads them once for all training processes.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, spec: ModelSpec, slots: int, folder: Path) -> None:
+        self.trainer, self.spec, self.slots, self.folder = trainer, spec, slots, folder
+        self.engine = None
+
+    def sync_weights(self) -> None:
+        """Called by TRL."""
+        from srlib.engine import adapters
+
+        accelerator, merged = self.trainer.accelerator, self.folder / "merged"
+        first = accelerator.is_main_process
+        if first:
+            write_adapter(self.trainer, self.folder)
+            adapters.merge(self.spec.model_copy(update={"adapter": str(self.folder)}))
+        accelerator.wait_for_everyone()
+        if self.engine is None:
+            device = self.spec.device
+            if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+                device = str(accelerator.device)
+            own = {"path": str(merged), "adapter": None, "device": device}
+            self.engine = engine.load(self.spec.model_copy(update=own), self.slots)
+            if not self.spec.url:
+                return
+        if first or not self.spec.url:
+            self.engine.reload(merged)
+        accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """End vLLM and drop the merged weights."""
+        if self.engine is not None:
+            self.engine.shutdown()
+        if self.trainer.accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
