@@ -5,7 +5,7 @@ import pytest
 from srlib import SrlibError
 from srlib.cost import costs, latency, simulation
 from srlib.cost.costs import Cost
-from srlib.cost.simulation import BIG, SMALL, Job, Pipeline, Stretch
+from srlib.cost.jobs import BIG, SMALL, Job, Pipeline, Stretch, even
 from srlib.decoding.policies import Always, Learned, Never, Random
 from srlib.decoding.scheduler import Offloader
 from srlib.params import Latency
@@ -97,8 +97,8 @@ def test_all_tokens_are_written():
     assert sorted(simulation.run(Pipeline(second, second), two).latencies) == [10.0, 10.5]
     with_slots = simulation.run(Pipeline(second, second, slots=1), two)
     assert sorted(with_slots.latencies) == [10.0, 17.5]
-    assert sum(s.tokens for s in simulation.even(0.3, 1, 1000, 64).stretches) == 1000
-    assert sum(s.tokens for s in simulation.even(0.3, 1, 1000, 64).stretches if s.side == BIG) == 300
+    assert sum(s.tokens for s in even(0.3, 1, 1000, 64).stretches) == 1000
+    assert sum(s.tokens for s in even(0.3, 1, 1000, 64).stretches if s.side == BIG) == 300
 
 
 @pytest.mark.parametrize("policy", [Never(), Always(), Learned(), Random(0.3)], ids=lambda p: p.name)
@@ -106,13 +106,12 @@ def test_all_tokens_are_written():
 def test_the_simulation_makes_the_passes_of_the_real_controller(engines, prompts, policy, control_chunk):
     """From who wrote which token alone: as many forward passes of each model, one trace at a time."""
     small, big = engines
-    one, other = None if isinstance(policy, Always) else small, None if isinstance(policy, Never) else big
-    writer = Offloader(one, other, policy, max_tokens=40, batch_size=1, control_chunk=control_chunk, temperature=1.0)
+    writer = Offloader(small, big, policy, max_tokens=40, batch_size=1, control_chunk=control_chunk, temperature=1.0)
     for prompt in prompts[:12]:
         before = small.counters.calls, big.counters.calls
         (trace,) = writer.run([prompt])
         real = small.counters.calls - before[0], big.counters.calls - before[1]
-        tags = isinstance(policy, Learned)
+        tags = policy.tags
         pipeline = Pipeline(Cost(1.0), Cost(1.0), shared=True, control_chunk=control_chunk if tags else 0)
         made = simulation.run(pipeline, latency._jobs([trace], tags)).passes
         assert abs(made["small"] - real[0]) <= 2 + 0.1 * real[0], (real, made)

@@ -17,8 +17,8 @@ from typing import Any, Literal
 from srlib import SrlibError
 from srlib.cost import costs, simulation
 from srlib.cost.costs import Cost
-from srlib.cost.simulation import Pipeline, Simulation
-from srlib.decoding.policies import Always, Learned, Never, Policy
+from srlib.cost.jobs import Job, Pipeline, Simulation, arrivals, even, replay
+from srlib.decoding.policies import Policy
 from srlib.decoding.scheduler import Offloader
 from srlib.engine.protocol import Request
 from srlib.params import Latency, nearest
@@ -143,7 +143,7 @@ def simulate(
     """Seconds of the pipeline at an offload share, by model and by cause.
 
     Args:
-        pair: speeds of two models, or a pipeline of `srlib.cost.simulation`, whose costs may be of any kind.
+        pair: speeds of two models, or a `srlib.cost.jobs.Pipeline`, whose costs may be of any kind.
         share: of the decoded tokens that the big model writes; 0 and 1 are the models alone.
         prompt, decode: tokens of every request.
         assumptions: `events` acts the pipeline out; `paper` is the formula of the paper's simulator for one
@@ -153,7 +153,7 @@ def simulate(
         whole_chunks: `paper`: as its simulator, only whole chunks are the big model's, and the rest the small one's.
         span: tokens the big model writes in a row, on average.
         requests, rate: how many, and how many arrive a second (a Poisson process); None: all at once.
-        **options: of `srlib.cost.simulation.Pipeline`, such as shared, replicas, control_chunk, overlap, switch_s.
+        **options: of `srlib.cost.jobs.Pipeline`, such as shared, replicas, control_chunk, overlap, switch_s.
 
     Raises:
         SrlibError: the share is not from 0 to 1, or the paper's formula is asked for more than it knows.
@@ -169,8 +169,8 @@ def simulate(
     if alone:  # nobody reads along or looks
         options |= {"stream_chunk": 0, "control_chunk": 0}
     pipeline = replace(pair, **options) if isinstance(pair, Pipeline) else pair.pipeline(**options)
-    times = simulation.arrivals(requests, rate, seed)
-    return simulation.run(pipeline, [simulation.even(share, prompt, decode, span, time) for time in times])
+    times = arrivals(requests, rate, seed)
+    return simulation.run(pipeline, [even(share, prompt, decode, span, time) for time in times])
 
 
 def _paper(pair: PairSpeed, share: float, prompt: int, decode: int, chunk: int, whole: bool) -> Simulation:
@@ -207,7 +207,7 @@ def check(
 
     Args:
         settings: of the `Offloader`.
-        policies: `Always`, `Never`, `Learned`, `Random`; the engine one does not use is left out.
+        policies: any but speculative decoding, whose drafts are not stretches.
         clock: `time.process_time` counts CPU seconds, where other work on the machine takes turns with this.
 
     Returns:
@@ -217,14 +217,17 @@ def check(
     rows = []
     for batch in batches:
         for policy in policies:
-            one = None if isinstance(policy, Always) else small
-            other = None if isinstance(policy, Never) else big
-            writer = Offloader(one, other, policy, **settings | {"batch_size": batch, "oversubscribe": 0}, seed=seed)
-            tags = isinstance(policy, Learned)
-            looks = writer.control_chunk if tags else 0
-            options = {"shared": True, "slots": batch, "stream_chunk": writer.stream_chunk, "control_chunk": looks}
+            writer = Offloader(small, big, policy, **settings | {"batch_size": batch}, seed=seed)
+            looks = writer.control_chunk if policy.tags else 0
+            options = {
+                "shared": True,
+                "slots": batch,
+                "stream_chunk": writer.stream_chunk,
+                "control_chunk": looks,
+                "oversubscribe": writer.oversubscribe,
+            }
             traces = writer.run(prompts)  # warms up, and says who writes what
-            jobs, controller = _jobs(traces, tags), writer.controller_seconds
+            jobs, controller = _jobs(traces, policy.tags), writer.controller_seconds
             grid = tuple(sorted({1, max(1, batch // 4), batch}))
             runs = []
             for _ in range(repeats):
@@ -253,6 +256,6 @@ def check(
     return rows
 
 
-def _jobs(traces, tags: bool) -> list[simulation.Job]:
+def _jobs(traces, tags: bool) -> list[Job]:
     owners = ["".join("SBF"[owner] for owner in trace.owners) for trace in traces]
-    return [simulation.replay(text, len(trace.prompt_ids), tags) for text, trace in zip(owners, traces)]
+    return [replay(text, len(trace.prompt_ids), tags) for text, trace in zip(owners, traces)]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from srlib import SrlibError
 from srlib.cost import latency
 from srlib.cost.costs import GPUS, roofline
+from srlib.cost.jobs import Pipeline
 from srlib.cost.shapes import KNOWN
-from srlib.cost.simulation import Pipeline
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations and what the allocator cannot use
 

@@ -1,10 +1,8 @@
-"""An event simulation of the pipeline: two models, many requests, who waits for whom.
+"""Engines on a virtual clock: they compute nothing, and say how long it would have taken.
 
-A request is a list of stretches, each written by one of the models, as a policy made them. It is
-acted out as `srlib.decoding` does it: what one model writes the other reads, streamed in chunks or
-when it is asked; while the big model writes a span the small one reads along and looks whether to
-take control back. A model takes all requests that wait into one forward pass, whose seconds a
-`Cost` gives. A device runs one pass at a time; the two models have devices of their own, or share one.
+A model takes all that it is asked at a moment into one forward pass, whose seconds a `Cost` gives. A
+device runs one pass at a time; the two models have devices of their own, and work by themselves, or they
+share one, and the controller has them take turns. The controller is the real one.
 
 Where nothing changes many passes are taken at once, so that events are stretches and not tokens.
 """
@@ -13,373 +11,354 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import random
-from collections import defaultdict
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from srlib.cost.costs import Cost
-from srlib.decoding.scheduler import GATHER
+from srlib.cost.jobs import BIG, NAMES, SMALL, Job, Pipeline, Simulation
+from srlib.decoding.policies import Policy
+from srlib.decoding.scheduler import Offloader
+from srlib.decoding.writer import Steps, Writer
+from srlib.engine import protocol
+from srlib.engine.protocol import GREEDY, Counters, Request, Sampling
+from srlib.params import slots_for
 
-SMALL, BIG = 0, 1
-NAMES = ("small", "big")
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Tokens in a row that one model writes; `given`: put behind them without being written (a closing tag)."""
-
-    side: int
-    tokens: int
-    given: int = 0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One request: what it consists of, and when it arrives."""
-
-    prompt: int
-    stretches: tuple[Stretch, ...]
-    arrival: float = 0.0
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """How the two models work together.
-
-    Args:
-        shared: both on one device, which runs one pass at a time.
-        replicas: small models, each on a device of its own; requests go to them in turn.
-        slots: requests a small model has under way at the same time; the others wait.
-        stream_chunk: the big model reads along every so many tokens; 0: when it is asked.
-        control_chunk: tokens of the big model between two looks of the small one; 0: it does not look.
-        overlap: the big model writes on while the small one looks.
-        switch_s: seconds from one model to the other at each hand-over, in both directions.
-        answer_s: seconds of the controller for each answer; a shared device waits for it.
-    """
-
-    small: Cost
-    big: Cost
-    shared: bool = False
-    replicas: int = 1
-    slots: int = 64
-    stream_chunk: int = 0
-    control_chunk: int = 0
-    overlap: bool = False
-    switch_s: float = 0.0
-    answer_s: float = 0.0
-
-
-@dataclass
-class Simulation:
-    """What came out, in seconds."""
-
-    seconds: float  # until the last request is done
-    latencies: list[float] = field(default_factory=list)  # of each request, from its arrival
-    served: list[float] = field(default_factory=list)  # of that, from when a slot was free for it
-    by_model: dict[str, float] = field(default_factory=dict)  # at work, all replicas together
-    by_cause: dict[str, float] = field(default_factory=dict)  # of that; and switching
-    passes: dict[str, int] = field(default_factory=dict)
-    answers: dict[str, int] = field(default_factory=dict)  # requests to each model that were done
-
-    @property
-    def per_request(self) -> float:
-        """Mean latency."""
-        return sum(self.latencies) / len(self.latencies)
-
-
-def even(share: float, prompt: int, decode: int, span: int, arrival: float = 0.0) -> Job:
-    """A request with spans of about `span` tokens at even distances, to a share of `decode` tokens."""
-    big = round(share * decode)
-    if big >= decode:
-        return Job(prompt, (Stretch(BIG, decode),), arrival)
-    n = max(1, round(big / span)) if big else 0
-    stretches = []
-    for i in range(n):
-        stretches.append(Stretch(SMALL, _part(decode - big, n + 1, i)))
-        stretches.append(Stretch(BIG, _part(big, n, i)))
-    stretches.append(Stretch(SMALL, _part(decode - big, n + 1, n)))
-    return Job(prompt, tuple(s for s in stretches if s.tokens), arrival)
-
-
-def replay(owners: str, prompt: int, tags: bool, arrival: float = 0.0) -> Job:
-    """The request behind a completion that was written.
-
-    Args:
-        owners: of its tokens, `S`, `B` or `F`, as in the completions of stage 05.
-        prompt: tokens of the prompt.
-        tags: spans end with a closing tag of one token, which nobody decodes.
-    """
-    stretches: list[Stretch] = []
-    for big, run in itertools.groupby(owners, lambda letter: letter == "B"):
-        n = len(list(run))
-        if not big and tags and stretches:  # behind a span
-            stretches[-1] = Stretch(BIG, stretches[-1].tokens, given=1)
-            n -= 1
-        if n:
-            stretches.append(Stretch(BIG if big else SMALL, n))
-    return Job(prompt, tuple(stretches), arrival)
-
-
-def arrivals(n: int, rate: float | None, seed: int = 0) -> list[float]:
-    """Times at which n requests arrive, `rate` a second as a Poisson process; None: all at 0."""
-    rng = random.Random(seed)
-    if rate is None:
-        return [0.0] * n
-    return list(itertools.accumulate(rng.expovariate(rate) for _ in range(n)))
+ENDLESS = 10**9  # tokens: no budget of the controller ends what is written
 
 
 def run(pipeline: Pipeline, jobs: Sequence[Job]) -> Simulation:
     """Act out all `jobs`."""
-    return _World(pipeline, jobs).run()
+    world = _World(pipeline, jobs)
+    while world.go_on():
+        pass
+    passes = {"small": sum(model.passes for model in world.smalls), "big": world.big.passes}
+    counts = dict(world.busy), dict(world.causes), passes, dict(world.answers)
+    return Simulation(world.now, world.latencies, world.served, *counts)
 
 
-def _part(total: int, parts: int, i: int) -> int:
-    """The i-th of `parts` whole parts, as equal as can be."""
-    return total * (i + 1) // parts - total * i // parts
+class _Tokenizer:
+    """A vocabulary of one word and the tags; nothing is cut or decoded."""
+
+    chat_template = None
+    ids = {"<bigmodel>": 1, "</bigmodel>": 2}
+
+    def __len__(self) -> int:
+        return 1 + len(self.ids)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [self.ids.get(text, 2)]
 
 
 @dataclass(eq=False)
-class _Work:
-    """Read `read` tokens in one pass, and write `write`, the first in that same pass."""
-
-    job: _Active
-    read: int
-    write: int
-    cause: str
-    awaited: bool = False
-    done: bool = False
-    began: int = 0  # pass of its server
+class _Sequence(protocol.Sequence):
+    rests: float = 0.0  # what is asked for it does not begin before
+    owner: int = 0  # which of the controllers opened it
+    claimed: int = 0  # ids that what was asked will have processed
 
 
-class _Server:
-    """A model on a device: who waits, and who writes until which pass."""
+class _Model:
+    """A model on a device: what it is asked, and how far it is with it."""
 
-    def __init__(self, side: int, cost: Cost, device: _Device) -> None:
-        self.side, self.cost, self.device = side, cost, device
-        self.new: list[_Work] = []
-        self.writing: list[tuple[int, int, _Work]] = []  # heap by last pass
+    def __init__(self, world: _World, side: int, cost: Cost) -> None:
+        self.world, self.side, self.cost = world, side, cost
+        self.new: list[Request] = []
+        self.reads: dict[Request, int] = {}  # tokens that a request reads in its first pass
+        self.writing: list[tuple[int, int, Request]] = []  # heap by last pass
         self.passes = 0
         self.context = 0.0  # tokens in the caches of those that write, at `passes`
-        device.servers.append(self)
+        self.version, self.busy = 0, False  # of the passes under way
+        self.start, self.k, self.each = 0.0, 0, 0.0  # k passes of `each` seconds since `start`
+        self.taken: list[Request] = []  # what came into the first of them
 
     @property
-    def waiting(self) -> int:
+    def asked(self) -> int:
         return len(self.new) + len(self.writing)
 
+    def ask(self, request: Request) -> None:
+        """Take a request, which begins with the next pass."""
+        sequence = request.sequence
+        self.reads[request] = max(1, len(sequence.ids) - sequence.claimed)
+        sequence.claimed = len(sequence.ids) + max(0, request.max_new - 1)
+        self.new.append(request)
 
-class _Device:
-    def __init__(self) -> None:
-        self.servers: list[_Server] = []
-        self.server: _Server | None = None  # whose passes are under way
-        self.taken: list[_Work] = []  # what came into the first of them
-        self.busy = False
-        self.start, self.k, self.each, self.version = 0.0, 0, 0.0, 0  # k passes of `each` seconds since `start`
+    def take(self, most: int | None = None) -> None:
+        """Begin as many passes as change nothing: one if something is new, else until one that writes is done.
+
+        Args:
+            most: of them; None: no limit.
+        """
+        n, self.taken, self.new = len(self.writing), self.new, []
+        sequences = self.asked + len(self.taken)
+        if self.taken:
+            self.k = 1
+            tokens = n + sum(self.reads[r] for r in self.taken)
+            context = float(sum(r.sequence.processed for r in self.taken))
+        else:
+            left = self.writing[0][0] - self.passes
+            self.k = left if most is None else min(left, most)
+            tokens, context = n, n * (self.k - 1) / 2
+        self.start, self.each = self.world.now, self.cost.seconds(sequences, tokens, self.context + context)
+
+    def end(self) -> list[Request]:
+        """Note what was done in the passes; returns the requests that are done."""
+        world, k, name = self.world, self.k, NAMES[self.side]
+        spent, n = k * self.each, len(self.writing)
+        reads = [self.reads.pop(request) for request in self.taken]
+        world.busy[name] += spent
+        share = spent / (n * k + sum(reads))
+        world.causes[f"{name} decode"] += share * n * k
+        self.passes += k
+        self.context += n * k
+        done = []
+        for request, read in zip(self.taken, reads):
+            world.causes[f"{name} {_cause(request, read)}"] += share * read
+            sequence = request.sequence
+            sequence.processed += read
+            if request.max_new > 1:
+                self.context += sequence.processed
+                heapq.heappush(self.writing, (self.passes + request.max_new - 1, next(world.order), request))
+            else:
+                done.append(request)
+        self.taken, self.k = [], 0
+        while self.writing and self.writing[0][0] <= self.passes:
+            request = heapq.heappop(self.writing)[2]
+            request.sequence.processed += request.max_new - 1
+            self.context -= request.sequence.processed
+            done.append(request)
+        for request in done:
+            n = request.max_new
+            request.ids, request.logprobs = [0] * n, [0.0] * n
+            request.sequence.ids += request.ids
+            request.own, request.watched = [0] * request.ask, [0.0] * request.ask
+        world.answers[name] += len(done)
+        return done
 
 
-@dataclass(eq=False)
-class _Active:
-    """A job under way."""
+class _Engine:
+    """A model as one controller sees it."""
 
-    job: Job
-    small: _Server
-    big: _Server
-    admitted: float
-    steps: Generator = None
-    held: list[int] = field(default_factory=lambda: [0, 0])  # tokens in each model's cache
+    def __init__(self, model: _Model, owner: int, slots: int) -> None:
+        self.model, self.owner, self.slots = model, owner, slots
+        self.tokenizer, self.context, self.eos, self.counters = model.world.tokenizer, ENDLESS, frozenset(), Counters()
+
+    def open(self, ids: list[int], sampling: Sampling = GREEDY) -> _Sequence:
+        return _Sequence(0, list(ids), sampling, owner=self.owner)
+
+    def close(self, sequence: protocol.Sequence) -> None:
+        pass
+
+    def submit(self, request: Request) -> Request:
+        request.start = len(request.sequence.ids)
+        request.sequence.ids += request.feed
+        world = self.model.world
+        if request.sequence.rests > world.now:
+            world.at(request.sequence.rests, self.take, request)
+        else:
+            self.take(request)
+        return request
+
+    def take(self, request: Request) -> None:
+        """Hand a request to the model."""
+        raise NotImplementedError
+
+
+class _Alone(_Engine):
+    """On a device of its own: it works by itself."""
+
+    running = True
+    ready = None
+
+    def __init__(self, model: _Model, owner: int, slots: int) -> None:
+        super().__init__(model, owner, slots)
+        self.done: list[Request] = []
+
+    def take(self, request: Request) -> None:
+        model = self.model
+        model.ask(request)
+        if not model.busy:
+            model.busy = True
+            self._at(model.world.now, self._begin)
+        elif model.k > 1:  # passes under way are cut short at the end of the one that runs
+            k = min(model.k, max(1, ceil((model.world.now - model.start) / model.each - 1e-9)))
+            if k < model.k:
+                model.k = k
+                self._at(model.start + k * model.each, self._end)
+
+    def flush(self) -> None:
+        pass
+
+    def collect(self) -> list[Request]:
+        done, self.done = self.done, []
+        return done
+
+    def _at(self, time: float, what: Callable[[int], None]) -> None:
+        self.model.version += 1
+        # A pass begins after all that is asked at its moment, which comes into it.
+        self.model.world.at(time, what, self.model.version, last=what == self._begin)
+
+    def _begin(self, version: int) -> None:
+        model = self.model
+        if version == model.version:
+            model.busy = bool(model.asked)
+            if model.busy:
+                model.take()
+                self._at(model.start + model.k * model.each, self._end)
+
+    def _end(self, version: int) -> None:
+        model = self.model
+        if version == model.version:  # else it was cut short
+            for request in model.end():
+                model.world.answered(request, model.side)
+            self._at(model.world.now, self._begin)
+
+
+class _Shared(_Engine):
+    """On a device that both models share: a step is a pass, or several where only this model is asked."""
+
+    running = False
+
+    def __init__(self, model: _Model, owner: int, slots: int) -> None:
+        super().__init__(model, owner, slots)
+        self.pending: list[Request] = []
+
+    def take(self, request: Request) -> None:
+        self.model.ask(request)
+        self.pending.append(request)
+        self.model.world.wake(self.owner)
+
+    def step(self) -> list[Request]:
+        model, world = self.model, self.model.world
+        others = any(other.asked for other in (*world.smalls, world.big) if other is not model)
+        model.take(1 if others else None)
+        if model.k > 1 and (next_ := world.next_event) is not None:  # something begins meanwhile
+            model.k = max(1, min(model.k, ceil((next_ - world.now) / model.each)))
+        world.now += model.k * model.each
+        done = model.end()
+        finished = set(done)
+        self.pending = [request for request in self.pending if request not in finished]
+        pause = world.pipeline.answer_s * len(done)
+        world.causes["controller"] += pause
+        world.now += pause
+        return done
+
+
+@dataclass(frozen=True)
+class _Script(Policy):
+    """Writes what is known already: the stretches of a job."""
+
+    world: _World
+    name: str = "simulated"
+
+    def write(self, writer: Writer) -> Steps:
+        p, before = self.world.pipeline, None
+        for stretch in self.world.begun(writer).stretches:
+            if before is not None and p.switch_s:
+                side = (writer.small, writer.big)[stretch.side]
+                side.sequence.rests = self.world.now + p.switch_s
+                self.world.causes["switch"] += p.switch_s
+            before = stretch.side
+            if stretch.side == SMALL:
+                yield from writer.small_writes(stretch.tokens)
+            elif p.control_chunk:
+                yield from writer.span(stretch.tokens)
+            else:
+                yield from writer.big_writes(stretch.tokens)
 
 
 class _World:
+    """The clock, what is to happen, the models, and the controllers of the replicas."""
+
     def __init__(self, pipeline: Pipeline, jobs: Sequence[Job]) -> None:
-        self.p, self.now = pipeline, 0.0
-        devices = [_Device() for _ in range(pipeline.replicas)]
-        self.smalls = [_Server(SMALL, pipeline.small, device) for device in devices]
-        self.big = _Server(BIG, pipeline.big, devices[0] if pipeline.shared else _Device())
-        self.events: list[tuple[float, int, str, object]] = []
+        self.pipeline, self.now, self.tokenizer = pipeline, 0.0, _Tokenizer()
         self.order = itertools.count()
-        self.queues: list[list[Job]] = [[] for _ in self.smalls]
-        self.free = [pipeline.slots] * pipeline.replicas
-        self.latencies: list[float] = []
-        self.served: list[float] = []
+        self._events: list[tuple[float, bool, int, Any, Any]] = []  # time, last, order, what is called, with what
         self.busy: dict[str, float] = defaultdict(float)
         self.causes: dict[str, float] = defaultdict(float)
         self.answers: dict[str, int] = defaultdict(int)
+        self.latencies: list[float] = []
+        self.served: list[float] = []
+        self.smalls = [_Model(self, SMALL, pipeline.small) for _ in range(pipeline.replicas)]
+        self.big = _Model(self, BIG, pipeline.big)
+        kind = _Shared if pipeline.shared else _Alone
+        self._sides: list[tuple[Any, Any]] = []
+        self._controllers: list[Offloader] = []
+        for i, small in enumerate(self.smalls):
+            slots = slots_for(pipeline.slots, pipeline.oversubscribe)
+            sides = kind(small, i, slots), kind(self.big, i, slots)
+            self._sides.append(sides)
+            how = {"control_chunk": max(1, pipeline.control_chunk), "stream_chunk": pipeline.stream_chunk}
+            how |= {"max_tokens": ENDLESS, "span_budget": ENDLESS, "overlap": pipeline.overlap}
+            how |= {"batch_size": pipeline.slots, "oversubscribe": pipeline.oversubscribe}
+            self._controllers.append(Offloader(*sides, _Script(self), time=lambda: self.now, **how))
+        self._scripts: dict[Writer, tuple[Job, float]] = {}  # and when it was begun
+        self._woken: deque[int] = deque()  # controllers that have something to do
         for i, job in enumerate(jobs):
-            self._at(job.arrival, "arrive", (i % pipeline.replicas, job))
+            self.at(job.arrival, self._arrive, (i % pipeline.replicas, job))
 
-    def run(self) -> Simulation:
-        while self.events:
-            self.now, _, kind, what = heapq.heappop(self.events)
-            if kind == "arrive":
-                place, job = what
-                self.queues[place].append(job)
-                self._admit(place)
-            elif kind == "resume":
-                self._advance(what)
-            elif kind == "answer":
-                self._answer(*what)
-            elif what[1] == what[0].version:  # else it was cut short
-                (self._passes if kind == "begin" else self._end)(what[0])
-        passes = {"small": sum(s.passes for s in self.smalls), "big": self.big.passes}
-        counts = dict(self.busy), dict(self.causes), passes, dict(self.answers)
-        return Simulation(self.now, self.latencies, self.served, *counts)
+    @property
+    def next_event(self) -> float | None:
+        return self._events[0][0] if self._events else None
 
-    def _at(self, time: float, kind: str, what: object) -> None:
-        heapq.heappush(self.events, (time, next(self.order), kind, what))
+    def at(self, time: float, what: Callable[[Any], None], given: Any, last: bool = False) -> None:
+        """Have `what` called with `given` at a time; `last`: when the controllers have done all they can at that time."""
+        heapq.heappush(self._events, (time, last, next(self.order), what, given))
 
-    def _admit(self, place: int) -> None:
-        while self.queues[place] and self.free[place]:
-            self.free[place] -= 1
-            active = _Active(self.queues[place].pop(0), self.smalls[place], self.big, self.now)
-            active.steps = self._write(active)
-            self._advance(active)
-
-    def _advance(self, active: _Active) -> None:
-        """Go on with a job until it has to wait."""
-        for wait in active.steps:
-            if isinstance(wait, float):
-                self.causes["switch"] += wait
-                self._at(self.now + wait, "resume", active)
-                return
-            if not wait.done:
-                wait.awaited = True
-                return
-        self.latencies.append(self.now - active.job.arrival)
-        self.served.append(self.now - active.admitted)
-        place = self.smalls.index(active.small)
-        self.free[place] += 1
-        self._admit(place)
-
-    def _write(self, a: _Active) -> Generator[_Work | float, None, None]:
-        """The controller of `offload`, in token counts."""
-        p, job = self.p, a.job
-        unread, cause = [job.prompt, job.prompt], ["prompt", "prompt"]
-        helped = any(s.side == BIG for s in job.stretches)
-
-        def ask(side: int, write: int, why: str = "decode") -> _Work:
-            first, cause[side] = cause[side], "read"
-            read, unread[side] = unread[side], min(1, write)
-            return self._submit(a, side, read, write, first if first == "prompt" else why)
-
-        if helped and p.stream_chunk and job.stretches[0].side == SMALL:
-            ask(BIG, 0)
-        before = None
-        for stretch in job.stretches:
-            if before is not None and p.switch_s:
-                yield p.switch_s
-            before, left = stretch.side, stretch.tokens
-            if stretch.side == SMALL:
-                while left:
-                    n = min(left, p.stream_chunk or left)
-                    yield ask(SMALL, n)
-                    unread[BIG] += n
-                    left -= n
-                    if left and helped:
-                        ask(BIG, 0, "read")
-            elif not p.control_chunk:
-                yield ask(BIG, left)
-                unread[SMALL] += left
-            else:
-                ahead = ask(BIG, min(p.control_chunk, left))
-                while left:
-                    n = min(p.control_chunk, left)
-                    yield ahead
-                    left -= n
-                    unread[SMALL] += n
-                    if p.overlap and left:
-                        ahead = ask(BIG, min(p.control_chunk, left))
-                    yield ask(SMALL, 0, "probe")
-                    if not p.overlap and left:
-                        ahead = ask(BIG, min(p.control_chunk, left))
-            unread[SMALL] += stretch.given
-
-    def _submit(self, a: _Active, side: int, read: int, write: int, cause: str) -> _Work:
-        server = (a.small, a.big)[side]
-        work = _Work(a, max(1, read), write, cause)
-        server.new.append(work)
-        device = server.device
-        if not device.busy:
-            device.busy = True
-            self._begin(device, self.now)  # after all that is asked at this moment: it comes into the same pass
-        elif device.k > 1:  # passes under way are cut short at the end of the one that runs
-            done = min(device.k, max(1, ceil((self.now - device.start) / device.each - 1e-9)))
-            if done < device.k:
-                device.k = done
-                self._at_end(device)
-        return work
-
-    def _begin(self, device: _Device, time: float) -> None:
-        device.k = 0
-        device.version += 1
-        self._at(time, "begin", (device, device.version))
-
-    def _at_end(self, device: _Device) -> None:
-        device.version += 1
-        self._at(device.start + device.k * device.each, "end", (device, device.version))
-
-    def _passes(self, device: _Device) -> None:
-        """Choose the model whose turn it is, as `Offloader` does, and take its passes up to the next event."""
-        total = sum(server.waiting for server in device.servers)
-        ready = [s for s in device.servers if s.waiting and s.waiting >= GATHER * total]
-        if not ready:
-            device.busy = False
-            return
-        server = device.server = min(ready, key=lambda s: s.waiting)
-        n, device.taken = len(server.writing), server.new
-        if server.new:
-            tokens, context = n + sum(w.read for w in server.new), sum(w.job.held[server.side] for w in server.new)
-            device.k = 1
+    def go_on(self) -> bool:
+        """All that happens at this moment, then the controllers, then passes begin; False: there is nothing more."""
+        while self._events and self._events[0][0] <= self.now and not self._events[0][1]:
+            self._happen()
+        if self._woken:
+            self._step(self._woken.popleft())
+        elif self._events:
+            self.now = max(self.now, self._events[0][0])
+            self._happen()
         else:
-            alone = server.waiting == total
-            device.k = server.writing[0][0] - server.passes if alone else 1
-            tokens, context = n, n * (device.k - 1) / 2
-        device.each = server.cost.seconds(server.waiting, tokens, server.context + context)
-        device.start, server.new = self.now, []
-        self._at_end(device)
+            return False
+        return True
 
-    def _end(self, device: _Device) -> None:
-        """The passes of a device are over."""
-        done = self._account(device)
-        self.answers[NAMES[device.server.side]] += len(done)
-        pause = self.p.answer_s * len(done) if self.p.shared else 0.0
-        if pause:
-            self.causes["controller"] += pause
-        device.k = 0
-        self._at(self.now + pause, "answer", (device, done))
+    def _happen(self) -> None:
+        *_, what, given = heapq.heappop(self._events)
+        what(given)
 
-    def _answer(self, device: _Device, done: list[_Work]) -> None:
-        for work in done:
-            work.done = True
-        for work in done:
-            if work.awaited:
-                self._advance(work.job)
-        self._begin(device, self.now)
+    def answered(self, request: Request, side: int) -> None:
+        """Hand a request that is done to the controller that asked."""
+        owner = request.sequence.owner
+        self._sides[owner][side].done.append(request)
+        self.wake(owner)
 
-    def _account(self, device: _Device) -> list[_Work]:
-        """Note what was done in the passes of a device; returns the works that ended."""
-        server, k, name = device.server, device.k, NAMES[device.server.side]
-        spent, n = k * device.each, len(server.writing)
-        self.busy[name] += spent
-        tokens = n * k + sum(w.read for w in device.taken)
-        self.causes[f"{name} decode"] += spent * n * k / tokens
-        server.passes += k
-        server.context += n * k
-        ended = []
-        for work in device.taken:
-            cause = "read" if work.cause == "decode" and work.read > 1 else work.cause
-            self.causes[f"{name} {cause}"] += spent * work.read / tokens
-            work.job.held[server.side] += work.read
-            if work.write > 1:
-                work.began = server.passes
-                server.context += work.job.held[server.side]
-                heapq.heappush(server.writing, (server.passes + work.write - 1, next(self.order), work))
-            else:
-                ended.append(work)
-        device.taken = []
-        while server.writing and server.writing[0][0] <= server.passes:
-            work = heapq.heappop(server.writing)[2]
-            work.job.held[server.side] += server.passes - work.began
-            server.context -= work.job.held[server.side]
-            ended.append(work)
-        return ended
+    def begun(self, writer: Writer) -> Job:
+        """What is to be written, from now on."""
+        job, _ = self._scripts[writer]
+        self._scripts[writer] = job, self.now
+        return job
+
+    def wake(self, place: int) -> None:
+        if place not in self._woken:
+            self._woken.append(place)
+
+    def _arrive(self, what: tuple[int, Job]) -> None:
+        place, job = what
+        asked = self._controllers[place].submit([0] * job.prompt)
+        self._scripts[asked.writer] = job, self.now
+        self.wake(place)
+
+    def _step(self, place: int) -> None:
+        controller = self._controllers[place]
+        for ended in controller.step(wait=False):
+            job, begun = self._scripts.pop(ended.writer)
+            self.latencies.append(self.now - job.arrival)
+            self.served.append(self.now - begun)
+        if any(side.pending for side in self._sides[place] if not side.running):
+            self.wake(place)
+
+
+def _cause(request: Request, read: int) -> str:
+    """What a request reads for."""
+    if not request.sequence.processed:
+        return "prompt"
+    if request.ask:
+        return "probe"
+    return "decode" if request.max_new and read <= 1 else "read"

@@ -7,30 +7,29 @@ policies read the small model's tags; the baselines need no training.
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
 from dataclasses import dataclass
 from math import floor
-from typing import TYPE_CHECKING, Protocol
+from typing import ClassVar, Protocol
 
 from srlib.data import spans
-
-if TYPE_CHECKING:
-    from srlib.decoding.writer import Writer
-    from srlib.engine.protocol import Request
-
-Steps = Generator["Request", None, None]
+from srlib.decoding.writer import Steps, Writer
 
 
 class Policy(Protocol):
-    """Decides who writes."""
+    """Decides who writes; a subclass says what it needs."""
 
     name: str
+    models: ClassVar[tuple[str, ...]] = ("small", "big")  # those that it asks
+    tags: ClassVar[bool] = False  # its hand-overs stand in the trace as tags, and the small model looks when to close
+    one_vocabulary: ClassVar[bool] = False  # an id must mean the same to both models
 
-    def write(self, writer: Writer) -> Steps: ...
+    def write(self, writer: Writer) -> Steps:
+        """Write one trace to its end."""
+        ...
 
 
 @dataclass(frozen=True)
-class Learned:
+class Learned(Policy):
     """The small model asks with `<bigmodel>`, as it was trained to.
 
     A request that is refused stays in the trace, and the small model writes the span itself.
@@ -42,6 +41,8 @@ class Learned:
             where it would go beyond, and one that could not have a single token is refused.
         without: number of one request, from 0, that is refused: what would have been without that help.
     """
+
+    tags = True
 
     reject: float = 0.0
     max_share: float = 1.0
@@ -71,8 +72,10 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class Never:
+class Never(Policy):
     """The small model alone; if it writes tags, it also writes what is between them."""
+
+    models = ("small",)
 
     name: str = "never"
 
@@ -81,8 +84,10 @@ class Never:
 
 
 @dataclass(frozen=True)
-class Always:
+class Always(Policy):
     """The big model alone."""
+
+    models = ("big",)
 
     name: str = "always"
 
@@ -91,7 +96,7 @@ class Always:
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Policy):
     """Chunks of `chunk` tokens, each the big model's with probability `share`; the baseline of the paper."""
 
     share: float
@@ -108,7 +113,7 @@ class Random:
 
 
 @dataclass(frozen=True)
-class Entropy:
+class Entropy(Policy):
     """Where the small model's next token has more than `threshold` nats, the big one writes `chunk` tokens."""
 
     threshold: float
@@ -123,11 +128,13 @@ class Entropy:
 
 
 @dataclass(frozen=True)
-class Speculative:
+class Speculative(Policy):
     """The small model drafts `draft` tokens, the big one checks them in one pass: the text of the big model alone.
 
     A token of the draft that is kept counts as the small model's.
     """
+
+    one_vocabulary = True
 
     draft: int = 4
     name: str = "speculative"

@@ -34,8 +34,9 @@ class Trace:
     owners: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # nan where FORCED
     handovers: list[Handover] = field(default_factory=list)
-    finish: str = ""  # eos, length, prompt or error
+    finish: str = ""  # eos, length, prompt, cancelled or error
     error: str = ""  # what went wrong, where `finish` is error
+    cause: Exception | None = field(default=None, repr=False, compare=False)  # and what was raised
     small_forward_tokens: int = 0
     big_forward_tokens: int = 0
 

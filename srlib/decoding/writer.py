@@ -1,33 +1,64 @@
-"""The writing of one trace: what a policy may do with it."""
+"""The writing of one trace: what a policy may do with it.
+
+The small model writes; at `<bigmodel>` the big one takes over, reading only what it has not
+read yet and never a tag. After every chunk of the big model's tokens the small one reads them,
+and where its own next token would be `</bigmodel>` it takes control back: the decision falls
+out of the forward pass that it needs anyway. So each model processes every token once.
+
+Models of two vocabularies meet in text (see `translate`): the trace is in ids of the small one, and
+tokens are counted there.
+
+Tags that are plain text are looked for in the text, so that it does not matter how the small
+model cuts them into tokens; in the trace they stand as the tokenizer writes them alone.
+
+What happens at the edges: a span also closes at the span budget (the closing tag is then
+`FORCED`); a span has at least one token, so a request cannot be empty; end of text by either
+model ends the trace, in a span too; opening tags inside a span cannot occur, as the big model
+writes there; a closing tag outside one stays in the trace and is counted as malformed; at the
+total budget the trace ends with finish `length`, and a prompt with no room left in the context
+gives an empty trace with finish `prompt`.
+
+Deviation from the paper (section on inference): control returns at the exact token, seen in one
+pass, where the public code generates a few tokens from every prefix to look for the tag.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from srlib.data import spans
+from srlib.decoding.duo import Duo
 from srlib.decoding.trace import BIG, FORCED, NAN, SMALL, Handover, Trace
-from srlib.engine import STOP_TAIL, Request, Sampling
-
-if TYPE_CHECKING:
-    from srlib.decoding.scheduler import Offloader
+from srlib.engine.protocol import STOP_TAIL, Engine, Request, Sampling, Sequence
 
 Steps = Generator[Request, None, None]  # what is waited for, until it is done
 
 
-class _Side:
+class Side:
     """One model's view of one trace: a sequence, and what it has still to read."""
 
-    def __init__(self, engine, prompt_ids: list[int], sampling: Sampling) -> None:
-        self.engine, self.sampling = engine, sampling
+    def __init__(self, engine: Engine | None, prompt_ids: list[int], sampling: Sampling) -> None:
+        self._engine, self.sampling = engine, sampling
         self.unread = list(prompt_ids)
-        self.sequence = None
+        self._sequence: Sequence | None = None
         self.length = 0  # ids the sequence has, as far as they have been heard of
 
-    def request(self, **ask) -> Request:
+    @property
+    def engine(self) -> Engine:
+        """The model; only for policies that ask it is there one."""
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def sequence(self) -> Sequence:
+        """Its sequence, which takes a slot."""
+        if self._sequence is None:
+            self._sequence = self.engine.open([], self.sampling)
+        return self._sequence
+
+    def request(self, **ask: Any) -> Request:
         """To read what is unread and do what is asked; to yield it is to submit it and wait for it."""
-        if self.sequence is None:
-            self.sequence = self.engine.open([], self.sampling)
         feed, self.unread = self.unread, []
         self.length += len(feed)
         return Request(self.sequence, feed, **ask)
@@ -54,36 +85,45 @@ class _Side:
 
     def close(self) -> None:
         """Give the slot back."""
-        if self.sequence is not None:
-            self.engine.close(self.sequence)
+        if self._sequence is not None:
+            self.engine.close(self._sequence)
 
     @property
     def forwarded(self) -> int:
         """How many tokens the model has processed for this trace."""
-        return self.sequence.forwarded if self.sequence else 0
+        return self._sequence.forwarded if self._sequence else 0
 
 
 class Writer:
     """The writing of one trace: what a policy may do with it. What takes time is a generator of requests.
 
-    A request that is yielded is submitted as soon as fewer than `batch_size` wait for its model.
+    A request that is yielded is submitted as soon as its model has room for it.
+
+    Args:
+        duo: the engines, and how they work together.
+        prompt_ids, big_prompt_ids: the prompt as each model is asked.
+        live: what it has written can be seen token by token (`written`).
     """
 
-    def __init__(self, offloader: Offloader, prompt_ids: list[int], big_prompt_ids: list[int], seed: int) -> None:
-        self.o, self.seed = offloader, seed
-        self.trace = Trace(list(prompt_ids), offloader.tags)
+    def __init__(
+        self, duo: Duo, prompt_ids: list[int], big_prompt_ids: list[int], seed: int, live: bool = False
+    ) -> None:
+        self.o, self.seed, self._live = duo, seed, live
+        self.trace = Trace(list(prompt_ids), duo.tags)
         # One seed for both: where they agree on a token's distribution they draw the same token.
-        self.small = _Side(offloader.small, prompt_ids, Sampling(*offloader.sampling, seed))
-        self.big = _Side(offloader.big, big_prompt_ids, Sampling(*offloader.big_sampling, seed))
+        self.small = Side(duo.small, prompt_ids, Sampling(*duo.sampling, seed))
+        self.big = Side(duo.big, big_prompt_ids, Sampling(*duo.big_sampling, seed))
         rooms = [
             engine.context - len(ids)
-            for engine, ids in ((offloader.small, prompt_ids), (offloader.big, big_prompt_ids))
+            for engine, ids in ((duo.small, prompt_ids), (duo.big, big_prompt_ids))
             if engine is not None
         ]
-        self.room = min(offloader.max_tokens, *rooms)
-        self.to_big, self.to_small = offloader.bridge.start()
+        self.room = min(duo.max_tokens, *rooms)
+        self.to_big, self.to_small = duo.bridge.start()
         self._unfed = 0  # ids of the big model's last chunk that have not gone through `to_small`
         self._shown = 0  # the big model has been given the trace up to here, as far as the small one wrote it
+        self._under_way: tuple[Request, int] | None = None  # its ids go into the trace as they are; and whose they are
+        self._shaky = 0  # ids at the end of the trace that may be taken back
         if self.room <= 0:
             self.trace.finish = "prompt"
 
@@ -95,6 +135,26 @@ class Writer:
     @property
     def done(self) -> bool:
         return bool(self.trace.finish)
+
+    @property
+    def written(self) -> tuple[list[int], list[int]]:
+        """Ids and owners of the trace so far, as far as none of them will be taken back."""
+        ids, owners = self.trace.ids, self.trace.owners
+        if self._under_way is not None:
+            request, owner = self._under_way
+            fresh = list(request.ids)
+            ids, owners = ids + fresh, owners + [owner] * len(fresh)
+        sure = len(ids) - self._shaky
+        return ids[:sure], owners[:sure]
+
+    def stop(self, finish: str, error: Exception | None = None) -> None:
+        """End the trace before its time: with what was written so far, or after an error with what was answered."""
+        if self._under_way is not None and error is None:
+            request, owner = self._under_way
+            self._append(request.ids, owner, request.logprobs)
+        self._under_way, self._shaky = None, 0
+        self.trace.finish, self.trace.cause = finish, error
+        self.trace.error = str(error) if error else ""
 
     def close(self) -> None:
         """Give the slots back."""
@@ -125,9 +185,13 @@ class Writer:
                 max_new=min(end - before, o.stream_chunk or o.max_tokens),
                 max_entropy=max_entropy,
                 recent=self.trace.ids[max(start, before - STOP_TAIL) : before],
+                live=self._live,
                 **ends,
             )
+            self._shaky = STOP_TAIL if tags and o.plain_tags else 0
+            self._under_way = request, SMALL
             yield request
+            self._under_way = None
             self.small.answered(request)
             self._append(request.ids, SMALL, request.logprobs)
             if request.stopped or request.unsure or len(self.trace.ids) >= end:
@@ -137,6 +201,7 @@ class Writer:
                 self.big.read()
         stopped = request.stopped
         tag = self._settle(stopped) if isinstance(stopped, str) else o.tag_of.get(stopped)
+        self._shaky = 0
         self._end_if(stopped in eos)
         if not self.done:
             self._show(start, len(o.ids_of[tag]) if tag else 0, last=True)
@@ -145,7 +210,7 @@ class Writer:
     def big_writes(self, n: int) -> Steps:
         """Up to `n` tokens by the big model."""
         start, began = len(self.trace.ids), self.o.clock()
-        ended = yield from self._big_chunk(self._ask_big(n), last=True)
+        ended = yield from self._big_chunk(self._ask_big(n), last=True, live=self.o.bridge.same)
         self._end_if(ended)
         self._handover(start, len(self.trace.ids), self.trace.finish or "chunk", began)
 
@@ -162,11 +227,13 @@ class Writer:
             before = len(self.trace.ids)
             ended = yield from self._big_chunk(request)
             n, ahead = len(self.trace.ids) - before, None
+            self._shaky = n
             left = min(o.control_chunk, budget - (len(self.trace.ids) - start))
             if o.overlap and left > 0 and self.left > 0 and not ended:
                 ahead = self.big.engine.submit(self._ask_big(left))
             if n > ended:
                 tag = yield from self._close_if_wanted(n, n - ended, ahead)
+            self._shaky = 0
             if tag:
                 closed_by = "small"
                 continue
@@ -226,11 +293,13 @@ class Writer:
         self._handover(start, start + 1, self.trace.finish or "draft", began)
 
     def _ask_big(self, n: int) -> Request:
-        return self.big.request(max_new=min(n, self.left), stops=self.o.big_eos)
+        return self.big.request(max_new=min(n, self.left), stops=self.o.big_eos, live=self._live)
 
-    def _big_chunk(self, request: Request, last: bool = False) -> Generator[Request, None, bool]:
+    def _big_chunk(self, request: Request, last: bool = False, live: bool = False) -> Generator[Request, None, bool]:
         """What `request` has the big model write; returns whether the text ended."""
+        self._under_way = (request, BIG) if live else None
         yield request
+        self._under_way = None
         self.big.answered(request)
         ended, same = request.stopped is not None, self.o.bridge.same
         written = request.ids if same or not ended else request.ids[:-1]

@@ -102,7 +102,7 @@ class ProcessEngine(Running):
         name = next(self._names)
         self._under_way[name] = request
         r = request
-        asked = (r.feed, r.max_new, r.stops, r.stop_texts, r.recent, r.max_entropy, r.ask, r.watch)
+        asked = (r.feed, r.max_new, r.stops, r.stop_texts, r.recent, r.max_entropy, r.ask, r.watch, r.live)
         self._orders.append(("submit", name, request.sequence.slot, asked))
         return request
 
@@ -135,6 +135,8 @@ class ProcessEngine(Running):
                 kind, *content = _receive(self.ready)
                 if kind == "done":
                     self._take(*content)
+                elif kind == "wrote":
+                    self._grow(*content)
                 else:
                     self._results.update([content])
         if self._gone:
@@ -184,6 +186,13 @@ class ProcessEngine(Running):
         if self._gone:
             raise SrlibError(self._gone)
         return _result(self._results.pop(name))
+
+    def _grow(self, written: list[tuple[int, list[int], list[float]]]) -> None:
+        """What has been written of requests that are followed."""
+        for name, ids, logprobs in written:
+            if (request := self._under_way.get(name)) is not None:
+                request.ids += ids
+                request.logprobs += logprobs
 
     def _take(self, answers: list[tuple[Any, ...]], counters: dict[str, Any]) -> None:
         """What the process has done."""
@@ -266,6 +275,7 @@ def serve(orders: Connection, answers: Connection) -> None:
     asked.answer((engine.context, engine.eos))
     sequences: dict[int, Sequence] = {}
     names: dict[Request, int] = {}  # of the requests under way
+    shown: dict[Request, int] = {}  # how many ids have been told of those that are followed
     while True:
         while (message := asked.next(wait_for_it=not engine.pending)) is not None:
             for method, *args in message:
@@ -288,19 +298,20 @@ def serve(orders: Connection, answers: Connection) -> None:
                 else:
                     name, method, args = args
                     asked.answer(("result", name, _guarded(getattr(engine, method), *args)))
-        done = _guarded(engine.step)
-        if isinstance(done, SrlibError):  # such as a device out of memory: the traces end, and say why
-            error, done = done, engine.pending
-            engine.pending = []
-            for request in done:
-                request.error = error
         told = []
-        for request in done:
+        for request in engine.step():
+            shown.pop(request, None)
             written = (request.ids, request.logprobs, request.own, request.watched, request.stopped, request.unsure)
             error = request.error and str(request.error)
             told.append((names.pop(request), request.sequence.forwarded, error, written))
         if told:
             asked.answer(("done", told, vars(engine.counters)))
+        grown = [r for r in engine.pending if r.live and len(r.ids) > shown.get(r, 0)]
+        if grown:
+            asked.answer(
+                ("wrote", [(names[r], r.ids[shown.get(r, 0) :], r.logprobs[shown.get(r, 0) :]) for r in grown])
+            )
+            shown.update((r, len(r.ids)) for r in grown)
 
 
 def _guarded(work, *args: Any) -> Any:

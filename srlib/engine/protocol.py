@@ -9,17 +9,11 @@ every request that is waiting:
     while request not in engine.step(): ...
     request.ids, request.logprobs
 
-What every engine has: `tokenizer`, `slots`, `context`, `eos`, `counters`, `running`; `open`,
-`close`, `truncate`, `submit`, `cancel`, `score`, `entropies`.
+`Engine` is what every engine has. A *stepping* engine works when `step` is called. A *running* one (a
+server, a process) works by itself, and `ready` is what `multiprocessing.connection.wait` waits for, so
+that one place can wait for several engines. While a request is under way only the engine touches its
+sequence.
 
-A *stepping* engine (`running` is False) works when `step` is called, which returns the requests
-that are done. A *running* one (a server, a process) works by itself: `flush` sends on what was asked,
-`collect` gives the requests that are done, and `ready` is what `multiprocessing.connection.wait`
-waits for, so that one place can wait for several engines. While a request is under way only the
-engine touches its sequence; `cancel` takes it back: it is not answered, and the sequence's ids are
-as they were before it.
-
-`load` makes an engine from a model's name or folder.
 """
 
 from __future__ import annotations
@@ -29,10 +23,13 @@ from hashlib import blake2b
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from socket import socket
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard
 
 from srlib import SrlibError
 from srlib.params import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Sampling(NamedTuple):
@@ -91,6 +88,7 @@ class Request:
     max_entropy: float | None = None  # in nats: ends before a token whose distribution has more
     ask: int = 0
     watch: int | None = None
+    live: bool = False  # `ids` grows token by token while it is under way, in a running engine, too
 
     start: int | None = None  # length of the sequence before `feed`, set by `submit`
     ids: list[int] = field(default_factory=list)  # decoded
@@ -134,6 +132,98 @@ class Counters:
     discarded_tokens: int = 0  # processed and then taken back
     calls: int = 0  # forward passes
     seconds: float = 0.0  # in which the engine was at work
+
+
+class Engine(Protocol):
+    """A causal language model with open sequences."""
+
+    tokenizer: PreTrainedTokenizerBase
+    slots: int  # sequences that can be open at the same time
+    context: int  # longest sequence
+    eos: frozenset[int]  # ids that end a text
+    counters: Counters
+
+    @property
+    def running(self) -> bool:
+        """Whether it works by itself; else it works in steps."""
+        ...
+
+    def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
+        """Begin a sequence; nothing is computed yet.
+
+        Raises:
+            RuntimeError: all slots are taken.
+        """
+        ...
+
+    def close(self, sequence: Sequence) -> None:
+        """Give the slot back; what was asked for the sequence is forgotten."""
+        ...
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Take back all but the first `length` ids of a sequence."""
+        ...
+
+    def submit(self, request: Request) -> Request:
+        """Ask for work; `request.start` is set."""
+        ...
+
+    def cancel(self, request: Request) -> None:
+        """Take a request back: it is not answered, and the sequence's ids are as they were before it."""
+        ...
+
+    def run(self, *requests: Request) -> list[Request]:
+        """Submit and wait until all of `requests` are done.
+
+        Raises:
+            SrlibError: one of them failed.
+        """
+        ...
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probability of every id of each sequence but its first, given what stands before it, in nats."""
+        ...
+
+    def entropies(self, sequences: list[list[int]]) -> list[list[float]]:
+        """As `score`, but the entropy in nats of the distribution that each id was drawn from."""
+        ...
+
+
+class SteppingEngine(Engine, Protocol):
+    """An engine that works when it is told to."""
+
+    pending: list[Request]  # submitted, and not done yet
+
+    def step(self) -> list[Request]:
+        """One token further for every pending request; returns those that are done, or failed."""
+        ...
+
+
+class RunningEngine(Engine, Protocol):
+    """An engine that works by itself."""
+
+    @property
+    def ready(self) -> Connection | socket:
+        """Can be read as long as `collect` has something to give."""
+        ...
+
+    def flush(self) -> None:
+        """Send on what has been asked for."""
+        ...
+
+    def collect(self) -> list[Request]:
+        """The requests that are done and were not given before; waits for none."""
+        ...
+
+
+def runs(engine: Engine) -> TypeGuard[RunningEngine]:
+    """Whether an engine works by itself."""
+    return engine.running
+
+
+def steps(engine: Engine) -> TypeGuard[SteppingEngine]:
+    """Whether an engine works in steps."""
+    return not engine.running
 
 
 class Running:

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache
 
+from srlib import SrlibError
 from srlib.engine.models import eos_of, load_model
 from srlib.engine.protocol import GREEDY, SCORE_POSITIONS, SCORE_TOKENS, Counters, Request, Sampling, Sequence
 from srlib.engine.slots import ATTENTION, PADDING, Fresh, Groups, Slots
@@ -105,16 +106,35 @@ class TransformersEngine:
         self.truncate(request.sequence, request.start)
 
     def run(self, *requests: Request) -> list[Request]:
-        """Submit and step until all of `requests` are done."""
-        open_ = {id(self.submit(request)) for request in requests}
+        """Submit and step until all of `requests` are done.
+
+        Raises:
+            SrlibError: one of them failed.
+        """
+        open_ = {self.submit(request) for request in requests}
         while open_:
-            open_ -= {id(request) for request in self.step()}
+            open_.difference_update(self.step())
+        for request in requests:
+            if request.error:
+                raise request.error
         return list(requests)
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """One token further for every pending request; returns those that are done."""
+        """One token further for every pending request; returns those that are done, or all of them if the model fails."""
         start = time.perf_counter()
+        try:
+            return self._step()
+        except Exception as error:  # such as a device out of memory: whoever asked is told, and others may go on
+            failed, self.pending = self.pending, []
+            for request in failed:
+                request.error = SrlibError(f"{type(error).__name__} while a model was at work: {error}")
+                request.error.__cause__ = error
+            return failed
+        finally:
+            self.counters.seconds += time.perf_counter() - start
+
+    def _step(self) -> list[Request]:
         writing = [r for r in self.pending if r.max_new]
         for request in writing:
             sequence = request.sequence
@@ -125,7 +145,6 @@ class TransformersEngine:
         ended = self._draw(writing, asking)
         done = [r for r in self.pending if not r.max_new or r in ended]
         self.pending = [r for r in self.pending if r.max_new and r not in ended]
-        self.counters.seconds += time.perf_counter() - start
         return done
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:

@@ -60,15 +60,15 @@ def run(p: Params) -> dict[str, Any]:
     mixed = [policy for policy in mixed if policy.name in p.bench.policies]
     plain = p.offload.settings
     policies: list[tuple[Policy, Any, Any, dict[str, Any]]] = [
-        (Never("small"), small, None, plain),
-        (Always("big"), None, big, plain),
+        (Never("small"), small, big, plain),
+        (Always("big"), small, big, plain),
         *((policy, small, big, plain) for policy in mixed),
     ]
     if p.bench.pipelined is not None:
         settings, beside = plain | p.bench.pipelined.model_dump(), big
         if p.bench.big_process and not big.running:
             beside = engine.load(p.big.model_copy(update={"process": True}), slots)
-        again = [replace(policy, name=f"{policy.name}, pipelined") for policy in mixed if policy.name != "speculative"]
+        again = [replace(policy, name=f"{policy.name}, pipelined") for policy in mixed if not policy.one_vocabulary]
         policies += [(policy, small, beside, settings) for policy in again]
     numbers = {batch: max(p.bench.min_traces, batch * p.bench.traces_per_slot) for batch in p.bench.batch_sizes}
     tasks = problems.load(p.test)

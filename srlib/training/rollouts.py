@@ -83,7 +83,7 @@ class Rollouts:
         settings["temperature"], settings["top_p"] = self.config.temperature, 1.0
         writer = Offloader(
             small,
-            None if alone else self.big,
+            self.big,
             Never() if alone else Learned(),
             seed=self.seed * 1_000_003 + step,
             **settings,

@@ -203,7 +203,7 @@ class VllmEngine(Running):
             max_tokens=min(request.max_new, self._model.length - len(ids)),
             stop_token_ids=[i for (i,) in known],
             logprobs=TOP if entropic else 0,
-            stream_interval=1 if look else INTERVAL,
+            stream_interval=1 if look or request.live else INTERVAL,
             **_drawn(sequence.sampling, len(ids)),
         )
         cached, answered = None, False
