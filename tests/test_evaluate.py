@@ -41,12 +41,12 @@ def test_a_row_of_results(engines, problems):
     assert row["share_quartiles"][0] <= row["share_quartiles"][1] <= row["share_quartiles"][2]
 
 
-class Killed(Exception):
+class Killed(BaseException):
     pass
 
 
 @dataclass(frozen=True)
-class Counted:
+class Counted(Policy):
     """A policy that notes what it begins, and dies at one of them."""
 
     inner: Policy

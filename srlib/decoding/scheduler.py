@@ -39,7 +39,7 @@ class Job:
 
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
-        self.steps: Steps | None = None  # None: it has not begun
+        self.steps: Iterator[Request] | None = None  # None: it has not begun
         self.request: Request | None = None  # what it waits for
         self.engine: Engine | None = None  # and of whom
         self.done = False
@@ -150,7 +150,7 @@ class Offloader(Duo):
                     self._advance(job)
         while self._queue and len(self._waiting) < self.under_way:
             job = self._queue.popleft()
-            job.steps = iter(()) if job.writer.done else self.policy.write(job.writer)  # type: ignore[assignment]
+            job.steps = self._steps(job.writer)
             self._advance(job)
         for engine, queue in self._requests.items():
             while queue and self._asked[engine] < self.batch_size:
@@ -252,10 +252,16 @@ class Offloader(Duo):
                 return f"The prompt has the id {wrong[0]}, and the vocabulary of its model has 0 to {size - 1}."
         return ""
 
+    def _steps(self, writer: Writer) -> Steps:
+        if not writer.done:
+            yield from self.policy.write(writer)
+
     def _advance(self, job: Job) -> None:
         """Go on with one trace until it has to wait."""
+        steps = job.steps
+        assert steps is not None
         try:
-            while (request := next(job.steps)).done:  # type: ignore[arg-type]
+            while (request := next(steps)).done:
                 pass
         except StopIteration:
             return self._end(job)
@@ -275,7 +281,7 @@ class Offloader(Duo):
 
     def _forget(self, job: Job) -> None:
         """Nobody waits for what `job` has asked."""
-        if job.steps is None:
+        if job in self._queue:
             self._queue.remove(job)
         elif job.request is not None and self._waiting.pop(job.request, None) is not None:
             assert job.engine is not None
