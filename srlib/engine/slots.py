@@ -37,6 +37,38 @@ class Fresh:
         self.wanted = np.arange(counts.sum()) + places.repeat(counts)  # (W,) places with logits in the packed row
 
 
+class Row:
+    """Sequences of a forward pass with one new token each, whose slots stand side by side: attended in place, in one call.
+
+    Nothing is gathered or copied; a sequence alone needs no mask and no index either.
+    """
+
+    def __init__(self, fresh: Fresh, heads: np.ndarray, device, dtype) -> None:
+        ends = fresh.starts + 1
+        self.heads = heads.shape  # K, G
+        self.length = int(ends.max())  # S
+        self.slots = slice(int(fresh.slots[0]), int(fresh.slots[-1]) + 1)
+        self.mask = None
+        if int(ends.min()) < self.length:
+            unseen = np.arange(self.length) >= ends[:, None]  # (N, S)
+            mask = torch.zeros(unseen.shape, dtype=dtype, device=device)
+            self.mask = mask.masked_fill_(torch.as_tensor(unseen, device=device), -torch.inf)[:, None, None]
+
+    @staticmethod
+    def fits(fresh: Fresh) -> bool:
+        """Whether a pass is one."""
+        n = len(fresh.ids)
+        return n == len(fresh.slots) == int(fresh.slots[-1]) - int(fresh.slots[0]) + 1
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None):
+        """Args: query: (1, H, N, D). key, value: the stores. Returns: (1, N, H, D)."""
+        _, heads, n, size = query.shape
+        q = query[0].transpose(0, 1).reshape(n, *self.heads, size)  # (N, K, G, D)
+        k, v = (x[self.slots, :, : self.length] for x in (key, value))
+        answer = scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scaling)
+        return answer.reshape(1, n, heads, size)
+
+
 class _Group:
     """Sequences of a forward pass that attend in one call, padded to the longest of them."""
 
@@ -76,6 +108,23 @@ class Groups:
         # Answers come as (B, T, G, K), and go as (N, K, G).
         order = order[:, None] * heads.size + heads.reshape(heads.shape[::-1]).T.ravel()
         self.order = torch.as_tensor(order.ravel(), device=device)  # (N·H,)
+        self.heads = heads.size
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None):
+        """Args: query: (1, H, N, D). key, value: the stores. Returns: (1, N, H, D)."""
+        size = query.shape[3]
+        packed = query[0].transpose(0, 1).reshape(-1, size)  # (N·H, D)
+        answers = []
+        for group in self.groups:
+            # The heads that share a key stand beside each other as queries, so that keys are not repeated.
+            q = packed.index_select(0, group.queries).view(*group.shape, size)  # (B, K, T·G, D)
+            k, v = (x[:, :, : group.length] for x in (key, value))
+            k, v = (
+                x[group.slots] if isinstance(group.slots, slice) else x.index_select(0, group.slots) for x in (k, v)
+            )
+            answer = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)
+            answers.append(answer.transpose(1, 2).reshape(-1, size))
+        return torch.cat(answers).index_select(0, self.order).view(1, -1, self.heads, size)
 
 
 class Slots(Cache):
@@ -86,7 +135,9 @@ class Slots(Cache):
         self.slots, self.context, self.length = slots, context, 0
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
-        self.rows = self.positions = None  # (N,) slot and position of each token of the pass under way
+        # (N,) slot and position of each token of the pass under way; of one token, two numbers
+        self.rows: torch.Tensor | int = 0
+        self.positions: torch.Tensor | int = 0
 
     def reserve(self, length: int) -> None:
         """Make room for sequences of `length` ids."""
@@ -102,26 +153,19 @@ class Slots(Cache):
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             if layer_idx not in store:
                 store[layer_idx] = new.new_zeros(self.slots, new.shape[1], self.length, new.shape[3])
-            store[layer_idx][self.rows, :, self.positions] = new[0].transpose(0, 1)  # (N, heads, head size)
+            if isinstance(self.rows, int):
+                store[layer_idx][self.rows, :, self.positions] = new[0, :, 0]  # (heads, head size)
+            else:
+                store[layer_idx][self.rows, :, self.positions] = new[0].transpose(0, 1)  # (N, heads, head size)
             answers.append(store[layer_idx])
         return tuple(answers)
 
 
-def _attend(module, query, key, value, attention_mask, scaling=None, groups: Groups | None = None, **kwargs):
+def _attend(module, query, key, value, attention_mask, scaling=None, groups: Row | Groups | None = None, **kwargs):
     """Attention over the slots: query (1, H, N, D); key and value are the stores. Without `groups` it is SDPA."""
     if groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    heads, size = query.shape[1], query.shape[3]
-    packed = query[0].transpose(0, 1).reshape(-1, size)  # (N·H, D)
-    answers = []
-    for group in groups.groups:
-        # The heads that share a key stand beside each other as queries, so that keys are not repeated.
-        q = packed.index_select(0, group.queries).view(*group.shape, size)  # (B, K, T·G, D)
-        k, v = (x[:, :, : group.length] for x in (key, value))
-        k, v = (x[group.slots] if isinstance(group.slots, slice) else x.index_select(0, group.slots) for x in (k, v))
-        answer = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)
-        answers.append(answer.transpose(1, 2).reshape(-1, size))
-    return torch.cat(answers).index_select(0, groups.order).view(1, -1, heads, size), None
+    return groups.attend(query, key, value, scaling), None
 
 
 AttentionInterface.register(ATTENTION, _attend)

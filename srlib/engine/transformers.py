@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache
 from srlib import SrlibError
 from srlib.engine.models import eos_of, load_model
 from srlib.engine.protocol import GREEDY, SCORE_POSITIONS, SCORE_TOKENS, Counters, Request, Sampling, Sequence
-from srlib.engine.slots import ATTENTION, PADDING, Fresh, Groups, Slots
+from srlib.engine.slots import ATTENTION, PADDING, Fresh, Groups, Row, Slots
 from srlib.params import ModelSpec
 
 
@@ -66,6 +66,7 @@ class TransformersEngine:
         self._heads = np.arange(config.num_attention_heads).reshape(config.num_key_value_heads, -1)
         self._query_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._query_size *= config.num_attention_heads
+        self._made_already = torch.empty(1, 1, 1, 1, device=self.model.device)  # a mask that nobody reads: see `slots`
 
     @property
     def device(self) -> torch.device:
@@ -141,8 +142,8 @@ class TransformersEngine:
             if sequence.processed == len(sequence.ids) and sequence.logits is None:
                 self._uncache(sequence, sequence.processed - 1)  # its last id is read again, for the logits
         behind = {id(s): s for s in (r.sequence for r in self.pending) if s.processed < len(s.ids)}
-        asking = self._forward(sorted(behind.values(), key=lambda s: s.slot)) if behind else []
-        ended = self._draw(writing, asking)
+        passed = self._forward(sorted(behind.values(), key=lambda s: s.slot)) if behind else _Pass()
+        ended = self._draw(writing, passed)
         done = [r for r in self.pending if not r.max_new or r in ended]
         self.pending = [r for r in self.pending if r.max_new and r not in ended]
         return done
@@ -185,43 +186,47 @@ class TransformersEngine:
         self.counters.discarded_tokens += sequence.processed - length
         sequence.processed, sequence.logits = length, None
 
-    def _forward(self, sequences: list[Sequence]) -> list[tuple[Request, torch.Tensor]]:
-        """Process all unprocessed ids of `sequences`; leaves the last logits with each.
-
-        Returns:
-            the requests that ask, each with the logits (ask, V) of the places it asks about.
-        """
+    def _forward(self, sequences: list[Sequence]) -> _Pass:
+        """Process all unprocessed ids of `sequences`."""
         device = self.device
         asking: dict[int, Request] = {id(r.sequence): r for r in self.pending if r.ask}
         # Logits only where they are used: at the places asked for, else at the last one.
         fresh = Fresh(sequences, [asking[id(s)].ask if id(s) in asking else 1 for s in sequences])
         cache = self._cache
-        cache.rows, cache.positions = (torch.as_tensor(x, device=device) for x in (fresh.rows, fresh.positions))
+        rows, positions = (torch.as_tensor(x, device=device) for x in (fresh.rows, fresh.positions))
+        alone = len(fresh.ids) == 1
+        cache.rows, cache.positions = (int(fresh.rows[0]), int(fresh.positions[0])) if alone else (rows, positions)
         cache.reserve(int(fresh.positions.max()) + 1)
+        groups: Row | Groups
+        if Row.fits(fresh):
+            groups = Row(fresh, self._heads, device, self.model.dtype)
+        else:
+            groups = Groups(fresh, self._alike(fresh), self._heads, device, self.model.dtype)
         hidden = self.model.get_decoder()(
             input_ids=torch.tensor([fresh.ids], device=device),
-            attention_mask=torch.empty(1, 1, 1, 1, device=device),  # stands for "made already": see _Group
-            position_ids=cache.positions[None],
+            attention_mask=self._made_already,
+            position_ids=positions[None],
             past_key_values=cache,
             use_cache=True,
-            groups=Groups(fresh, self._alike(fresh), self._heads, device, self.model.dtype),
-        ).last_hidden_state  # (1, N, E)
-        wanted = torch.as_tensor(fresh.wanted, device=device)
-        logits = self.model.get_output_embeddings()(hidden[0, wanted]).float()  # (W, V)
-        asked: list[tuple[Request, torch.Tensor]] = []
+            groups=groups,
+        ).last_hidden_state[0]  # (N, E)
+        if len(fresh.wanted) < len(fresh.ids):
+            hidden = hidden[torch.as_tensor(fresh.wanted, device=device)]  # (W, E)
+        passed = _Pass(self.model.get_output_embeddings()(hidden).float())  # (W, V)
         for s, new, at in zip(sequences, fresh.counts.tolist(), fresh.answers.tolist()):
             request = asking.get(id(s))
             if request:
-                asked.append((request, logits[at : at + request.ask]))
+                passed.asking.append((request, at))
                 at += request.ask - 1
+            passed.last[id(s)] = at, s
             self.counters.prefilled_tokens += new if new > 1 else 0
             self.counters.reread_tokens += max(0, min(s.longest, len(s.ids)) - s.processed)
             s.forwarded += new
-            s.processed, s.logits = len(s.ids), logits[at]
+            s.processed, s.logits = len(s.ids), None
             s.longest = max(s.longest, s.processed)
         self.counters.forward_tokens += len(fresh.ids)
         self.counters.calls += 1
-        return asked
+        return passed
 
     def _alike(self, fresh: Fresh) -> list[np.ndarray]:
         """Sequences of about as many new tokens: a wider group takes a narrower one in if that costs little."""
@@ -238,55 +243,92 @@ class TransformersEngine:
             parts.append(part)
         return parts
 
-    def _draw(self, writing: list[Request], asking: list[tuple[Request, torch.Tensor]]) -> set[Request]:
+    def _draw(self, writing: list[Request], passed: _Pass) -> set[Request]:
         """Write the next id of each request that writes, and answer those that ask; returns the writers that end."""
-        rows = [r.sequence.logits for r in writing]  # each (V,)
+        rows = [passed.row(r.sequence) for r in writing]
         at = [(r.sequence.sampling, len(r.sequence.ids)) for r in writing]
         watched: list[int | None] = [None] * len(writing)  # None: the id that is drawn
-        for request, logits in asking:
+        for request, first in passed.asking:
             end = len(request.sequence.ids)
-            rows += logits.unbind()
+            rows += range(first, first + request.ask)
             at += [(request.sequence.sampling, i) for i in range(end - request.ask + 1, end + 1)]
             watched += [request.watch] * request.ask
         unsure = any(r.max_entropy is not None for r in writing)
+        logits = passed.take(rows)  # (rows, V)
         drawn: list[tuple[int, float, float]] = []  # for each row: the id, the log-probability, the entropy in nats
         for i in range(0, len(rows), SCORE_POSITIONS):
             part = slice(i, i + SCORE_POSITIONS)
-            chosen, logprobs = draw(torch.stack(rows[part]), at[part])
-            columns = [token if watch is None else watch for token, watch in zip(chosen, watched[part])]
-            picked = logprobs[range(len(columns)), columns].tolist()
-            entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist() if unsure else [0.0] * len(chosen)
-            drawn += zip(chosen, picked, entropies)
+            chosen, logprobs = draw(logits[part], at[part])
+            tokens = chosen.tolist()
+            if passed.asking:
+                columns = [token if watch is None else watch for token, watch in zip(tokens, watched[part])]
+                chosen = torch.tensor(columns, device=logits.device)
+            picked = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+            entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist() if unsure else [0.0] * len(tokens)
+            drawn += zip(tokens, picked, entropies)
         answers = iter(drawn[len(writing) :])
-        for request, _ in asking:
-            own, picked, _ = zip(*islice(answers, request.ask))
+        for request, _ in passed.asking:
+            own, values, _ = zip(*islice(answers, request.ask))
             request.own = list(own)
             if request.watch is not None:
-                request.watched = list(picked)
+                request.watched = list(values)
         ended: set[Request] = set()
         for request, (token, logprob, entropy) in zip(writing, drawn):
             if request.max_entropy is not None and entropy > request.max_entropy:
                 request.unsure = True
                 ended.add(request)
                 continue
+            passed.last.pop(id(request.sequence), None)
             self.counters.decoded_tokens += 1
             request.sequence.ids.append(token)
+            request.sequence.logits = None
             if request.add(token, logprob, self.tokenizer):
                 ended.add(request)
+        for row, sequence in passed.last.values():  # nothing was written after these ids yet
+            sequence.logits = passed.logits[row].clone()
         return ended
 
 
-def draw(logits: torch.Tensor, at: list[tuple[Sampling, int]]) -> tuple[list[int], torch.Tensor]:
-    """The next id for each row of logits (N, V), and log-probabilities (N, V) at each row's temperature.
+class _Pass:
+    """The logits of a forward pass, and whose they are."""
+
+    def __init__(self, logits: torch.Tensor | None = None) -> None:
+        self.logits = logits  # (W, V)
+        self.last: dict[int, tuple[int, Sequence]] = {}  # of each sequence, the row after its last id
+        self.asking: list[tuple[Request, int]] = []  # the requests that ask, with the first of their rows
+        self._kept: list[torch.Tensor] = []  # (V,) of sequences that had nothing to process
+
+    def row(self, sequence: Sequence) -> int:
+        """Where the logits are from which the next id of `sequence` is drawn; beyond those of the pass, if kept before."""
+        if id(sequence) in self.last:
+            return self.last[id(sequence)][0]
+        self._kept.append(sequence.logits)
+        return (0 if self.logits is None else len(self.logits)) + len(self._kept) - 1
+
+    def take(self, rows: list[int]) -> torch.Tensor:
+        """(len(rows), V) the logits of some rows."""
+        if not rows:
+            return torch.empty(0, 0)
+        parts = [] if self.logits is None else [self.logits]
+        if self._kept:
+            parts.append(torch.stack(self._kept))
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return logits if rows == list(range(len(logits))) else logits[rows]
+
+
+def draw(logits: torch.Tensor, at: list[tuple[Sampling, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next id (N,) for each row of logits (N, V), and log-probabilities (N, V) at each row's temperature.
 
     By inverse transform of a number in [0, 1) that is made of the seed and the position.
 
     Args:
         at: for each row how it is sampled, and the position of the id that is drawn.
     """
+    chosen = logits.argmax(-1)
+    if not any(s.temperature for s, _ in at):
+        return chosen, logits.log_softmax(-1)
     temperatures = torch.tensor([s.temperature or 1.0 for s, _ in at], device=logits.device)
     logprobs = (logits / temperatures[:, None]).log_softmax(-1)
-    chosen = logits.argmax(-1).tolist()
     alike: dict[tuple[float, int], list[int]] = defaultdict(list)
     for row, (sampling, _) in enumerate(at):
         if sampling.temperature:
@@ -300,8 +342,7 @@ def draw(logits: torch.Tensor, at: list[tuple[Sampling, int]]) -> tuple[list[int
         heights = scores.softmax(-1).double().cumsum(-1)
         drawn = torch.tensor([[uniform(*at[row])] for row in rows], dtype=torch.double)
         picked = torch.searchsorted(heights, drawn.to(heights.device) * heights[:, -1:], right=True)
-        for row, token in zip(rows, picked.squeeze(-1).tolist()):
-            chosen[row] = min(token, logits.shape[1] - 1)
+        chosen[rows] = picked.squeeze(-1).clamp_(max=logits.shape[1] - 1)
     return chosen, logprobs
 
 
