@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from srlib.cost import latency
 from srlib.data import problems
 from srlib.data.prompts import encode_prompts
 from srlib.data.rows import write_json
-from srlib.decoding.policies import Always, Learned, Never, Policy, Random, Speculative
+from srlib.decoding.policies import Always, Learned, Never, Random, Speculative
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import BIG, Trace
 from srlib.decoding.translate import same_vocabulary
@@ -54,22 +53,10 @@ def run(p: Params) -> dict[str, Any]:
     """
     most = max(p.bench.batch_sizes)
     tuned = p.tuned if p.tuned.adapter is None or Path(p.tuned.adapter).exists() else p.small
-    slots = max(slots_for(most, way.oversubscribe) for way in (p.offload, p.bench.pipelined) if way is not None)
+    slots = slots_for(most, p.offload.oversubscribe)
     small, big = engine.load(tuned, slots), engine.load(p.big, slots)
     mixed = (Learned(), Random(p.bench.random_share, p.bench.random_chunk), Speculative(p.bench.draft_tokens))
-    mixed = [policy for policy in mixed if policy.name in p.bench.policies]
-    plain = p.offload.settings
-    policies: list[tuple[Policy, Any, Any, dict[str, Any]]] = [
-        (Never("small"), small, big, plain),
-        (Always("big"), small, big, plain),
-        *((policy, small, big, plain) for policy in mixed),
-    ]
-    if p.bench.pipelined is not None:
-        settings, beside = plain | p.bench.pipelined.model_dump(), big
-        if p.bench.big_process and not big.running:
-            beside = engine.load(p.big.model_copy(update={"process": True}), slots)
-        again = [replace(policy, name=f"{policy.name}, pipelined") for policy in mixed if not policy.one_vocabulary]
-        policies += [(policy, small, beside, settings) for policy in again]
+    policies = [Never("small"), Always("big"), *(policy for policy in mixed if policy.name in p.bench.policies)]
     numbers = {batch: max(p.bench.min_traces, batch * p.bench.traces_per_slot) for batch in p.bench.batch_sizes}
     tasks = problems.load(p.test)
     texts = [tasks[i % len(tasks)].prompt for i in range(max(numbers.values()))]
@@ -85,8 +72,8 @@ def run(p: Params) -> dict[str, Any]:
             side: latency.calibrate(e, batch, repeats=p.bench.repeats).prefill
             for side, e in (("small", small), ("big", big))
         }
-        sizes = {"max_tokens": p.bench.max_tokens, "batch_size": batch}
-        writers = [Offloader(*pair, policy, **(how | sizes), seed=p.seed) for policy, *pair, how in policies]
+        how = p.offload.settings | {"max_tokens": p.bench.max_tokens, "batch_size": batch}
+        writers = [Offloader(small, big, policy, **how, seed=p.seed) for policy in policies]
         rounds = []
         for _ in range(p.bench.repeats + 1):
             measured = {}
