@@ -2,12 +2,14 @@
 
 import re
 import tomllib
+from importlib import import_module
 
 import nbformat
 import pytest
 import yaml
 
-from srlib.params import ROOT, Params
+from srlib.__main__ import main
+from srlib.params import ROOT
 from srlib.run.stages import STAGES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -37,6 +39,11 @@ def test_the_ml_stack_is_pinned():
     assert len({v for e, v in versions.items() if "vllm" in e}) == 1  # one vLLM, on GPU and CPU
 
 
+def test_the_console_script_is_the_command_line():
+    module, _, function = PROJECT["scripts"]["srlib"].partition(":")
+    assert getattr(import_module(module), function) is main
+
+
 def test_every_stage_is_a_notebook():
     assert [path.stem for path in NOTEBOOKS] == list(STAGES)
 
@@ -48,8 +55,7 @@ def test_notebooks_are_clean(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
     (parameters,) = (cell for cell in code if "parameters" in cell.metadata.get("tags", []))
-    names = re.findall(r"^(\w+) =", parameters.source, re.MULTILINE)
-    assert names == ["params_file", *Params.model_fields]
+    assert re.findall(r"^(\w+) =", parameters.source, re.MULTILINE) == ["params_file", "changes"]
     assert f'pipeline.begin("{path.stem}", globals())' in code[1].source
     assert notebook.cells[0].cell_type == "markdown"
     assert sum(cell.cell_type == "markdown" for cell in notebook.cells) >= 0.6 * len(code)

@@ -3,7 +3,8 @@
 - `models`: a model, a pair of them
 - `stages`: one section for each stage and each command
 - `run`: all sections together, `Params`, and where a run's artefacts lie
-- `loading`: from a file to checked values; a sentence where it is wrong
+- `loading`: from a file or a notebook to checked values; a sentence where they are wrong
+- `reference`: every setting in words, what `python -m srlib params` prints
 - `names`: the nearest name to one that is none
 - `paths`: the clone, and paths as they are seen from here
 

@@ -1,8 +1,8 @@
-"""From a params file to checked values, and a sentence where it is wrong."""
+"""From a params file or a notebook to checked values, and a sentence where they are wrong."""
 
 from __future__ import annotations
 
-import ast
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +15,11 @@ from srlib.params.paths import ROOT, find
 from srlib.params.run import Params
 
 Model = TypeVar("Model", bound=BaseModel)
+PARAMETERS = re.compile(r"^params_file\s*=(?!=)", re.MULTILINE)  # is in the `parameters` cell
+INJECTED = "# Parameters\n"  # is how papermill's own cell begins
 
 
-def load(path: str | Path, **overrides: Any) -> Params:
+def load(path: str | Path, /, **overrides: Any) -> Params:
     """Read a params file and check every value.
 
     Args:
@@ -29,19 +31,7 @@ def load(path: str | Path, **overrides: Any) -> Params:
         SrlibError: the file is not there or not YAML, a key is unknown (the nearest valid one
             is named), a value has the wrong type or is impossible.
     """
-    found = find(path)
-    if found is None or not found.is_file():
-        near = nearest(Path(path).name, [p.name for p in (ROOT / "params").glob("*.yaml")])
-        raise SrlibError(f"There is no params file {path}{near and f'; did you mean params/{near}?'}")
-    try:
-        values = yaml.safe_load(found.read_text())
-    except yaml.YAMLError as error:
-        raise SrlibError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise SrlibError(f"{path} holds {type(values).__name__}, but a params file is a mapping of sections.")
-    for key, value in overrides.items():
-        _lay(values, key.split("."), value)
-    return build(values, str(path))
+    return build(_laid(_read(path), overrides), str(path))
 
 
 def build(values: dict[str, Any], source: str, model: type[Model] = Params) -> Model:
@@ -53,25 +43,34 @@ def build(values: dict[str, Any], source: str, model: type[Model] = Params) -> M
 
 
 def from_notebook(scope: dict[str, Any]) -> Params:
-    """The parameters of a notebook, from what its `parameters` cell and papermill left in `scope`.
+    """The parameters of a notebook, from what its `parameters` cell and papermill's own cell set.
 
-    By hand, `params_file` is read. papermill's `-f params/x.yaml` puts every key of that file
-    into the notebook: as such a file always names its `run`, it is then used alone, and
-    `params_file` is not read. Single values (`-p seed 1`) are laid on top of `params_file`.
+    On top of `params_file` are laid, each over those before it: sections and settings that the
+    `parameters` cell sets by name, `changes`, and what papermill was given (`-p seed 1`). Where that is
+    a whole file (`-f params/x.yaml`: a `run` and some section) it stands in place of `params_file`, and
+    `changes` alone are laid on top.
+
+    Args:
+        scope: the notebook's `globals()`. What other cells call by the name of a section is of no matter.
 
     Raises:
         SrlibError: as `load`; also for a name papermill was given that is no parameter.
     """
-    for cell in scope.get("In", []):
-        if cell.startswith("# Parameters"):  # papermill's own cell: it only warns of unknown names
-            names = [t.id for node in ast.parse(cell).body if isinstance(node, ast.Assign) for t in node.targets]
-            for name in names:
-                if name != "params_file" and name not in Params.model_fields:
-                    raise SrlibError(f"papermill: {unknown(name, list(Params.model_fields))}")
-    given = {name: scope[name] for name in Params.model_fields if scope.get(name) is not None}
-    if "run" in given:
-        return build(given, "papermill's parameters")
-    return load(scope["params_file"], **given)
+    cells = scope.get("In", [])  # as they were run, in order
+    injected = _set_by([cell for cell in cells if cell.startswith(INJECTED)], scope)
+    own = _set_by([cell for cell in cells if PARAMETERS.search(cell) and not cell.startswith(INJECTED)], scope)
+    for name in injected:
+        if name not in (known := ["params_file", "changes", *Params.model_fields]):
+            raise SrlibError(f"papermill: {unknown(name, known)}")
+    by_hand, given = ({k: v for k, v in some.items() if k in Params.model_fields} for some in (own, injected))
+    path, changes = scope.get("params_file"), scope.get("changes") or {}
+    if not isinstance(changes, dict):
+        raise SrlibError(f'changes is {changes!r}; it must map names to values, as {{"seed": 1, "sft.epochs": 1}}.')
+    if "run" in given and any(isinstance(value, dict) for value in given.values()):
+        return build(_laid(given, changes), "papermill's parameters")
+    if path is None:
+        raise SrlibError('No params file is named: set params_file = "params/cpu.yaml" in the parameters cell.')
+    return build(_laid(_read(path), by_hand, changes, given), str(path))
 
 
 def parse_override(text: str, several: bool = False) -> tuple[str, Any]:
@@ -79,7 +78,41 @@ def parse_override(text: str, several: bool = False) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise SrlibError(f"--set {text!r} is not of the form section.key=value")
-    return key, yaml.safe_load(f"[{value}]" if several else value)
+    try:
+        return key, yaml.safe_load(f"[{value}]" if several else value)
+    except yaml.YAMLError as error:
+        raise SrlibError(f"--set {text!r} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """The mapping that a params file holds."""
+    found = find(path)
+    if found is None or not found.is_file():
+        near = nearest(Path(path).name, [p.name for p in (ROOT / "params").glob("*.yaml")])
+        raise SrlibError(f"There is no params file {path}{near and f'; did you mean params/{near}?'}")
+    try:
+        values = yaml.safe_load(found.read_text())
+    except yaml.YAMLError as error:
+        raise SrlibError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SrlibError(f"{path} holds {type(values).__name__}, but a params file is a mapping of sections.")
+    return values
+
+
+def _set_by(cells: list[str], scope: dict[str, Any]) -> dict[str, Any]:
+    """What the last of `cells` sets. It is run again, beside `scope`: by now a name may be that of a module."""
+    found: dict[str, Any] = {}
+    if cells:
+        exec(cells[-1], dict(scope), found)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _laid(values: dict[str, Any], *layers: dict[str, Any]) -> dict[str, Any]:
+    """`values` with each of `layers` on top; the names in one may be dotted, or it may be nested."""
+    for layer in layers:
+        for key, value in layer.items():
+            _lay(values, str(key).split("."), value)
+    return values
 
 
 def _lay(values: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -17,17 +17,26 @@ class ModelSpec(Section):
     path: str | None = Field(None, description="folder or hub name; empty: the one stage 00 trains")
     adapter: str | None = Field(None, description="folder of a LoRA adapter to lay on top")
     merge: bool = Field(True, description="fold the adapter into the weights when it is loaded")
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="what the model runs on")
     url: str | None = Field(None, description="vllm: address of a running server, such as http://127.0.0.1:8000")
     process: bool = Field(
         False, description="transformers: in a process of its own, so that both models of a pair work at the same time"
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["none", "nf4", "int8", "awq", "gptq", "fp8"] = Field(
-        "none", description="nf4 and int8: by bitsandbytes, either engine (vllm: nf4 alone); the others: vllm"
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto, cpu, cuda, or one GPU such as cuda:1; auto: a GPU if there is one",
     )
-    context: int | None = Field(None, ge=16, description="longest sequence there is room for; empty: the model's own")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of weights and computation; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    quantization: Literal["none", "nf4", "int8", "awq", "gptq", "fp8"] = Field(
+        "none",
+        description="of the weights; nf4 and int8: by bitsandbytes, either engine (vllm: nf4 alone); the others: vllm",
+    )
+    context: int | None = Field(
+        None, ge=16, description="tokens of the longest sequence there is room for; empty: the model's own"
+    )
     kv_cache_gb: float | None = Field(None, gt=0, description="vllm: size of the KV cache in GiB, on each device")
     tensor_parallel: int = Field(1, ge=1, description="vllm: devices that share every layer")
     pipeline_parallel: int = Field(1, ge=1, description="vllm: groups of devices that share the layers out")
@@ -51,8 +60,10 @@ class ModelSpec(Section):
 
 
 class Pair(Section):
-    small: ModelSpec = ModelSpec()
-    big: ModelSpec = ModelSpec()
+    """The models of a run."""
+
+    small: ModelSpec = Field(ModelSpec(), description="the model that learns to ask, before it is tuned")
+    big: ModelSpec = Field(ModelSpec(), description="the model that is asked; it is never trained")
     tuned: ModelSpec | None = Field(
         None, description="a small model that writes the tags already: 01 to 03 are left out"
     )

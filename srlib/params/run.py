@@ -29,21 +29,23 @@ class Params(Section):
     """Everything a run depends on. Each field is one section of the YAML file."""
 
     run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the folder in outputs/")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the problems, of training and of every draw")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice")
-    outputs: str = Field("outputs", description="folder that holds the runs")
+    outputs: str = Field("outputs", description="folder that holds the runs, seen from the clone")
     base: Base | None = Field(None, description="a run whose earlier stages this one shares")
-    hardware: Hardware = Hardware()
-    pair: Pair = Pair()
-    data: Data = Data()
-    arith: Arith = Arith()
-    annotate: Annotate = Annotate()
-    sft: Sft = Sft()
-    latency: Latency = Latency()
-    grpo: Grpo = Grpo()
-    offload: Offload = Offload()
-    evaluate: Evaluate = Evaluate()
-    bench: Bench = Bench()
+    hardware: Hardware = Field(Hardware(), description="what a run may use; every stage compares its needs with it")
+    pair: Pair = Field(Pair(), description="the small and the big model")
+    data: Data = Field(Data(), description="traces and problems of your own")
+    arith: Arith = Field(Arith(), description="00: the arithmetic world, and a pair of models made for it")
+    annotate: Annotate = Field(Annotate(), description="01: which parts of a trace the big model should write")
+    sft: Sft = Field(Sft(), description="02: the small model learns to ask, from the annotated traces")
+    latency: Latency = Field(Latency(), description="03 and 07: what a trace takes in seconds")
+    grpo: Grpo = Field(Grpo(), description="03: the small model learns when asking pays")
+    offload: Offload = Field(
+        Offload(), description="how two models write a trace, in every stage that has some written"
+    )
+    evaluate: Evaluate = Field(Evaluate(), description="05: which policies are measured, on how many problems")
+    bench: Bench = Field(Bench(), description="what `srlib bench` measures; its sizes are also those of 07's check")
 
     @model_validator(mode="after")
     def _rollouts_can(self) -> Params:

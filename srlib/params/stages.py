@@ -1,8 +1,4 @@
-"""Typed parameters of every stage, read from one YAML file and checked before any work.
-
-A file in `params/` is a scale: the same notebooks run on a laptop or on a node, and only
-the file differs. This module knows names, types and limits; it knows nothing of models.
-"""
+"""A section of the params file for each stage and each command: names, types, limits, and what they are."""
 
 from __future__ import annotations
 
@@ -20,12 +16,12 @@ from srlib.params.paths import find
 class ArithModel(Section):
     """One model of the arithmetic pair, Qwen2 architecture, and how long it is trained."""
 
-    hidden_size: int = Field(32, ge=8)
-    num_hidden_layers: int = Field(3, ge=1)
-    num_attention_heads: int = Field(1, ge=1)
-    intermediate_size: int = Field(64, ge=8)
-    train_steps: int = Field(800, ge=1)
-    learning_rate: float = Field(1e-2, gt=0)
+    hidden_size: int = Field(32, ge=8, description="numbers that stand for a token; a multiple of the heads")
+    num_hidden_layers: int = Field(3, ge=1, description="layers of the model")
+    num_attention_heads: int = Field(1, ge=1, description="heads of each layer; 32 numbers a head suit every engine")
+    intermediate_size: int = Field(64, ge=8, description="numbers inside a layer's feed-forward part")
+    train_steps: int = Field(800, ge=1, description="steps of training, each on arith.batch_size fresh problems")
+    learning_rate: float = Field(1e-2, gt=0, description="highest, after 20 steps; from there straight down to 0")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ArithModel:
@@ -39,21 +35,24 @@ class ArithModel(Section):
 class Arith(Section):
     """The arithmetic world: how hard its problems are, how many, and the two models."""
 
-    min_steps: int = Field(3, ge=1, le=20)
-    max_steps: int = Field(5, ge=1, le=20)
+    min_steps: int = Field(3, ge=1, le=20, description="fewest operations of a problem")
+    max_steps: int = Field(5, ge=1, le=20, description="most operations of a problem")
     product_share: float = Field(0.4, ge=0, le=1, description="probability that an operation is a product")
     max_factor: int = Field(15, ge=2, le=99, description="largest factor in a product")
     n_traces: int = Field(4000, ge=1, description="worked traces written for annotation")
     n_test: int = Field(1000, ge=1, description="unseen problems written for evaluation")
-    batch_size: int = Field(32, ge=1)
-    small: ArithModel = ArithModel()
-    big: ArithModel = ArithModel(
-        hidden_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=256,
-        train_steps=1100,
-        learning_rate=5e-3,
+    batch_size: int = Field(32, ge=1, description="problems of a training step")
+    small: ArithModel = Field(ArithModel(), description="the small model, and how long it is trained")
+    big: ArithModel = Field(
+        ArithModel(
+            hidden_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            intermediate_size=256,
+            train_steps=1100,
+            learning_rate=5e-3,
+        ),
+        description="the big model, and how long it is trained",
     )
 
     @model_validator(mode="after")
@@ -90,8 +89,10 @@ class Source(Section):
 class Data(Section):
     """Problems; empty: what stage 00 writes."""
 
-    traces: Source | None = Field(None, description="worked traces to annotate")
-    test: Source | None = Field(None, description="unseen problems")
+    traces: Source | None = Field(
+        None, description="worked traces to annotate, and problems for rollouts; a plain text is its path"
+    )
+    test: Source | None = Field(None, description="unseen problems; a plain text is its path")
 
 
 class Judge(Section):
@@ -112,12 +113,16 @@ class Judge(Section):
     )
     max_tokens: int = Field(8192, ge=16, description="longest answer, a reasoning judge's thinking included")
     concurrency: int = Field(16, ge=1, description="requests under way at the same time: a batch")
-    requests_per_minute: int = Field(0, ge=0, description="0: no limit")
-    retries: int = Field(6, ge=0, description="of a request that met what passes: 429, 5xx, a lost connection")
+    requests_per_minute: int = Field(0, ge=0, description="most that are sent in a minute; 0: no limit")
+    retries: int = Field(
+        6, ge=0, description="of a request that met what passes: 429, 5xx, a lost connection; the pause grows"
+    )
     timeout_s: float = Field(300.0, gt=0, description="seconds a server may be silent")
     price_in: float = Field(0.0, ge=0, description="of a million tokens that are read, in any currency")
-    price_out: float = Field(0.0, ge=0, description="of a million tokens that are written")
-    max_cost: float | None = Field(None, gt=0, description="a run does not begin, or stops, that would cost more")
+    price_out: float = Field(0.0, ge=0, description="of a million tokens that are written, in the same")
+    max_cost: float | None = Field(
+        None, gt=0, description="a run that would cost more does not begin, or stops; in the currency of the prices"
+    )
 
     @model_validator(mode="after")
     def _prices(self) -> Judge:
@@ -130,25 +135,32 @@ Method = Literal["gap", "judge", "random", "entropy", "given"]
 
 
 class Annotate(Section):
+    """Which parts of a trace the big model should write."""
+
     method: Method = Field(
         "gap",
-        description="big model much likelier; a judge's choice; at random; small model unsure; tags the traces have",
+        description="gap: where the big model is much surer; judge: what a judge names; random: anything; "
+        "entropy: where the small model is unsure; given: what the traces' own tags mark",
     )
-    n_traces: int = Field(4000, ge=1)
+    n_traces: int = Field(4000, ge=1, description="traces to annotate, drawn at random")
     tries: int = Field(0, ge=0, description="traces the big model writes until one is right; 0: they are given")
     temperature: float = Field(0.6, ge=0, description="at which it writes them")
     threshold: float = Field(0.5, gt=0, description="gap of log-probabilities, or entropy, that marks a token, in nats")
     share: float = Field(0.2, gt=0, le=1, description="of a trace: what random marks, and a judge is asked for")
     merge_gap: int = Field(0, ge=0, description="marks this many tokens apart, or fewer, become one span")
-    max_span_tokens: int = Field(16, ge=1)
+    max_span_tokens: int = Field(
+        16,
+        ge=1,
+        description="longest span of random; the others' marks are kept or dropped in pieces of this many tokens",
+    )
     max_share: float = Field(0.3, gt=0, le=1, description="most of a trace that may be marked, in tokens")
     min_score: float = Field(0.85, gt=0.5, le=1, description="likeness from which a passage is what a judge quotes")
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, description="traces that a model reads at a time")
     compare: list[Literal["gap", "random", "entropy"]] = Field(
         ["random", "entropy"], description="annotators put beside the chosen one"
     )
     n_compare: int = Field(500, ge=1, description="traces on which they are compared")
-    judge: Judge = Judge()
+    judge: Judge = Field(Judge(), description="who is asked with method judge")
 
     @model_validator(mode="after")
     def _someone_to_ask(self) -> Annotate:
@@ -168,16 +180,18 @@ class Annotate(Section):
 
 
 class Sft(Section):
+    """Fine-tuning on annotated traces, by a LoRA adapter."""
+
     tags: Literal["token", "plain"] = Field("token", description="a tag is one added token, or plain text")
-    lora_rank: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    epochs: float = Field(3, gt=0)
-    batch_size: int = Field(32, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    lora_rank: int = Field(16, ge=1, description="rank of the adapter's matrices")
+    lora_alpha: int = Field(32, ge=1, description="the adapter is scaled by lora_alpha / lora_rank")
+    epochs: float = Field(3, gt=0, description="times every trace is trained on")
+    batch_size: int = Field(32, ge=1, description="traces in one pass")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="passes whose gradients make one step")
     gradient_checkpointing: bool = Field(False, description="keep less of the forward pass, and compute it again")
-    learning_rate: float = Field(3e-3, gt=0)
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    max_length: int = Field(1024, ge=16)
+    learning_rate: float = Field(3e-3, gt=0, description="highest; after the warm-up down to 0 along a cosine")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="part of the steps in which the learning rate rises")
+    max_length: int = Field(1024, ge=16, description="most tokens of a prompt and its trace; a longer one is refused")
     n_watch: int = Field(256, ge=1, description="unseen problems on which the tuned model is watched")
 
 
@@ -187,9 +201,9 @@ class Latency(Section):
     source: Literal["a6000", "calibrate", "roofline"] = Field(
         "a6000", description="a named table, measured on this machine, or from the data sheet of a GPU"
     )
-    small: str = Field("1.5B", description="the table's model that stands for the small one")
-    big: str = "32B"
-    gpu: str = Field("h100", description="roofline: the GPU, as srlib/cost/costs.py names it")
+    small: str = Field("1.5B", description="the model that stands for the small one: 1.5B, 7B, 14B or 32B")
+    big: str = Field("32B", description="the model that stands for the big one")
+    gpu: str = Field("h100", description="roofline, and 07: the GPU, as srlib/cost/costs.py names it")
     devices: int = Field(1, ge=1, description="roofline: GPUs that share every layer of the big model")
     handover_s: float = Field(0.0, ge=0, description="seconds a hand-over costs on top")
     prompt: int = Field(512, ge=1, description="07: tokens of a prompt in what is simulated")
@@ -204,18 +218,24 @@ REWARD_NAMES = ("accuracy", "scaffold", "tag_count", "coverage", "latency", "hel
 
 
 class Grpo(Section):
+    """Reinforcement of the tuned small model, by TRL's GRPO."""
+
     rollout: Literal["true_offload", "self"] = Field(
         "true_offload",
         description="the big model answers in the rollouts, or the small one writes it all, as in the paper",
     )
-    preset: Literal["offload", "paper", "relay"] = Field("offload", description="ready-made reward weights")
-    reward_weights: dict[str, float] = Field({}, description="weights by reward, laid over those of the preset")
-    coverage_target: float = Field(0.4, gt=0, lt=1)
-    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    n_problems: int = Field(4000, ge=1)
-    max_steps: int = Field(100, ge=1)
+    preset: Literal["offload", "paper", "relay"] = Field("offload", description="ready-made weights of the rewards")
+    reward_weights: dict[str, float] = Field(
+        {}, description=f"laid over those of the preset, for each of {', '.join(REWARD_NAMES)}"
+    )
+    coverage_target: float = Field(0.4, gt=0, lt=1, description="offload share at which the reward coverage is highest")
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize", description="advantages of the weighted sum of rewards, or of each reward and then summed"
+    )
+    n_problems: int = Field(4000, ge=1, description="problems that rollouts are written for, drawn at random")
+    max_steps: int = Field(100, ge=1, description="steps of training")
     batch_size: int = Field(128, ge=2, description="rollouts a step; a multiple of num_generations")
-    num_generations: int = Field(8, ge=2)
+    num_generations: int = Field(8, ge=2, description="rollouts of one problem, which are compared with each other")
     gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a batch is trained on")
     gradient_checkpointing: bool = Field(False, description="keep less of the forward pass, and compute it again")
     rollouts_at_once: int = Field(0, ge=0, description="written at the same time by a process; 0: offload.batch_size")
@@ -226,12 +246,18 @@ class Grpo(Section):
     vllm_kv_cache_gb: float | None = Field(None, gt=0, description="use_vllm: size of the KV cache in GiB")
     processes: int = Field(1, ge=1, description="more than one: under `accelerate launch`, or torchrun on a CPU")
     accelerate_config: str | None = Field(None, description="file for `accelerate launch`; empty: plain data parallel")
-    learning_rate: float = Field(2e-4, gt=0)
-    temperature: float = Field(1.0, gt=0)
+    learning_rate: float = Field(
+        2e-4, gt=0, description="highest, after at most 5 steps; from there straight down to 0"
+    )
+    temperature: float = Field(1.0, gt=0, description="of the small model in rollouts; the big one has offload's")
     beta: float = Field(0.0, ge=0, description="weight of the KL to the policy of stage 02")
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    save_steps: int = Field(50, ge=1)
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field(
+        "dapo", description="how the losses of tokens are averaged, as TRL names it"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="whose standard deviation an advantage is divided by"
+    )
+    save_steps: int = Field(50, ge=1, description="steps between checkpoints, of which the last is kept")
     sample_every: int = Field(10, ge=1, description="steps between completions kept in samples.jsonl")
 
     @model_validator(mode="after")
@@ -267,12 +293,16 @@ class Pipelining(Section):
 
 
 class Offload(Pipelining):
+    """How two models write a trace."""
+
     max_tokens: int = Field(96, ge=1, description="most tokens of one trace, tags included")
     span_budget: int = Field(8, ge=1, description="most tokens the big model writes in one span")
     batch_size: int = Field(64, ge=1, description="most traces that one model is asked for at a time")
-    temperature: float = Field(0.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: all tokens")
+    temperature: float = Field(0.0, ge=0, description="of both models; 0: always the likeliest token")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="probability that the tokens drawn from have together; 1: all tokens"
+    )
+    top_k: int = Field(0, ge=0, description="number of likeliest tokens drawn from; 0: all tokens")
     hint: str = Field("", description="put behind every problem that is written; for a model trained with one")
     n_demo: int = Field(64, ge=1, description="problems in the batch of notebook 04")
 
@@ -288,23 +318,32 @@ class Offload(Pipelining):
 
 
 class Evaluate(Section):
+    """Accuracy against offload share."""
+
     protocol: Literal["own", "published", "quick"] = Field(
         "own",
-        description="as set here and in offload; as accuracies are published; for a look (srlib/data/benchmarks.py)",
+        description="own: as set here and in offload; published: as accuracies are published; quick: for a look; "
+        "see srlib/data/benchmarks.py",
     )
-    n_problems: int = Field(1000, ge=2)
-    samples_per_problem: int = Field(1, ge=1)
+    n_problems: int = Field(1000, ge=2, description="unseen problems, drawn at random")
+    samples_per_problem: int = Field(1, ge=1, description="traces each policy writes for a problem")
     n_refused: int = Field(300, ge=0, description="problems whose requests are each refused once; 0: none")
     policies: list[
         Literal["small", "big", "learned", "grpo", "learned_off", "random", "rejection", "entropy", "speculative"]
     ] = Field(
         ["small", "big", "learned", "grpo", "learned_off", "random", "rejection", "entropy", "speculative"],
         min_length=1,
+        description="each model alone; tuned; reinforced; tuned but never answered; baselines",
     )
-    random_shares: list[float] = [0.05, 0.1, 0.2, 0.4, 0.7]
+    random_shares: list[float] = Field(
+        [0.05, 0.1, 0.2, 0.4, 0.7],
+        description="probabilities with which random has the big model write; a row for each",
+    )
     random_chunk: int = Field(4, ge=1, description="tokens one owner writes in a row under random and entropy")
-    rejections: list[float] = Field([0.25, 0.5, 0.75], description="probabilities with which requests are refused")
-    entropies: list[float] = Field([0.5, 1.0], description="nats above which the entropy policy asks")
+    rejections: list[float] = Field(
+        [0.25, 0.5, 0.75], description="probabilities with which requests are refused; a row for each"
+    )
+    entropies: list[float] = Field([0.5, 1.0], description="nats above which the entropy policy asks; a row for each")
     draft_tokens: int = Field(4, ge=1, description="tokens the small model drafts in speculative decoding")
 
     @model_validator(mode="after")
@@ -325,13 +364,15 @@ class Bench(Section):
     policies: list[Literal["learned", "random", "speculative"]] = Field(
         ["learned", "random", "speculative"], description="beside each model alone"
     )
-    batch_sizes: list[int] = Field([1, 16, 64], min_length=1)
+    batch_sizes: list[int] = Field(
+        [1, 16, 64], min_length=1, description="traces that one model is asked for at a time"
+    )
     repeats: int = Field(3, ge=1, description="runs whose median is taken, after one to warm up")
-    max_tokens: int = Field(64, ge=2, description="tokens of a trace")
-    traces_per_slot: int = Field(2, ge=1, description="traces for each of the batch's places")
+    max_tokens: int = Field(64, ge=2, description="most tokens of a trace")
+    traces_per_slot: int = Field(2, ge=1, description="traces of a run, for each of the batch's places")
     min_traces: int = Field(16, ge=1, description="traces at least; of a few, random may give none to the big model")
-    random_share: float = Field(0.05, gt=0, lt=1)
-    random_chunk: int = Field(16, ge=1)
+    random_share: float = Field(0.05, gt=0, lt=1, description="probability with which random has the big model write")
+    random_chunk: int = Field(16, ge=1, description="tokens one owner writes in a row under random")
     draft_tokens: int = Field(4, ge=1, description="tokens the small model drafts in speculative decoding")
     pipelined: Pipelining | None = Field(
         None, description="learned and random are measured a second time with these settings of offload"
@@ -343,13 +384,15 @@ class Base(Section):
     """Another run that has done some of the stages already."""
 
     folder: str = Field(description="folder of that run, with its manifest")
-    stages: list[str] = Field(min_length=1, description="stages whose artefacts are taken from there")
+    stages: list[str] = Field(
+        min_length=1, description="stages whose artefacts are taken from there, such as 00_arith_pair"
+    )
 
 
 class Hardware(Section):
     """What a run may use; `python -m srlib plan` compares the needs with it."""
 
-    gpus: int = Field(0, ge=0, description="0: the CPU and its memory")
+    gpus: int = Field(0, ge=0, description="number of GPUs; 0: the CPU and its memory")
     gpu_gb: float = Field(24.0, gt=0, description="memory of one GPU, in GiB")
 
 

@@ -142,14 +142,18 @@ def run(chosen: Plan, jobs: int = 1) -> int:
         errors = dict(zip(bases, pool.map(base_of, bases))) if last else {}
         work = {pool.submit(one, p): combination for combination, p in runs}
         bar = tqdm(total=len(runs), desc=top.run, unit="run", disable=not sys.stderr.isatty())
-        for future in as_completed(work):
-            combination = work[future]
-            error = future.result()
-            combination.state = "failed" if error else "complete"
-            bar.update()
-            bar.write(f"{combination.label}, seed {combination.seed}: {error or 'complete'}")
-            _write(top.run_dir, chosen, [c for c, _ in runs])
-        bar.close()
+        try:
+            for future in as_completed(work):
+                combination = work[future]
+                error = future.result()
+                combination.state = "failed" if error else "complete"
+                bar.update()
+                bar.write(f"{combination.label}, seed {combination.seed}: {error or 'complete'}")
+                _write(top.run_dir, chosen, [c for c, _ in runs])
+        finally:  # interrupted: those that wait are not begun
+            for future in work:
+                future.cancel()
+            bar.close()
     failed = [c for c, _ in runs if c.state == "failed"]
     status = 0
     if len(failed) < len(runs):
