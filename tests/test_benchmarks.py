@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import pytest
 
@@ -38,8 +39,15 @@ def test_names_read_their_rows(monkeypatch):
     (gsm,) = problems.load("gsm8k")
     assert (gsm.answer, gsm.meta) == ("1200", {"level": 1})
     rows["openai/gsm8k"] = [{"problem": "?"}]
-    with pytest.raises(SrlibError, match="gsm8k, row 1 is no row of gsm8k: it has no 'answer'"):
+    with pytest.raises(SrlibError, match="gsm8k, row 1 is not a Problem: no column 'answer', which rows of gsm8k have"):
         problems.load("gsm8k")
+    rows["openai/gsm8k"] = [{"question": "?", "answer": 5}, {"question": "6*7?", "answer": "#### 42"}]
+    dropped = Counter()
+    assert [x.answer for x in problems.load("gsm8k", on_bad="drop", dropped=dropped)] == ["42"]
+    assert dropped == {"its columns do not hold what those of gsm8k do": 1}
+    rows["HuggingFaceH4/MATH-500"] = [{"problem": "Q?", "answer": ["1", "2"], "unique_id": "test/1"}]
+    with pytest.raises(SrlibError, match="math500, row 1 is not a Problem: answer is a list of 2"):
+        problems.load("math500")
 
 
 def test_a_copy_of_a_set(real_data):
@@ -48,6 +56,15 @@ def test_a_copy_of_a_set(real_data):
     all_of_it = problems.load(Source(path=f"gsm8k:{real_data}/gsm8k_a.jsonl", prompt="base"))
     assert len(all_of_it) == 659 and all(p.prompt.startswith("Question: ") for p in all_of_it)
     assert all(p.answer.lstrip("-").replace(".", "").isdigit() for p in all_of_it)
+
+
+def test_a_bad_line_of_a_copy_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text(
+        '{"question": "6*7?", "answer": "#### 42"}\n\n{"question": " ", "answer": "#### 1"}'
+    )
+    with pytest.raises(SrlibError, match="x.jsonl, line 3 is not a Problem: prompt is blank"):
+        problems.load(f"gsm8k:{tmp_path}/x.jsonl")
+    assert problems.load(f"gsm8k:{tmp_path}/x.jsonl", 1, on_bad="drop")[0].answer == "42"
 
 
 def test_how_a_model_is_asked(tmp_path):
@@ -68,6 +85,8 @@ def test_procedural_sets():
         assert not grade.verdict(f"</think>\\boxed{{{int(p.answer) + 1}}}", p).correct
     with pytest.raises(SrlibError, match="did you mean reasoning_gym:chain_sum"):
         problems.load("reasoning_gym:chain_sums")
+    unanswered = problems.load("reasoning_gym:graph_color", 2)
+    assert len(unanswered) == 2 and all(p.meta["reasoning_gym"]["answer"] is None for p in unanswered)
     arith = problems.load("arith", 7)
     assert len(arith) == 7 and all(p.prompt.endswith("?") and "operations" in p.meta for p in arith)
 

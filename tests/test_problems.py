@@ -1,11 +1,13 @@
 import json
+import random
+from collections import Counter
 
 import pytest
 
 from srlib import SrlibError
 from srlib.data import arith, problems, prompts
 from srlib.data.rows import Annotated, Problem, read_jsonl, write_jsonl
-from srlib.params import Source
+from srlib.params import Params, Source
 
 
 def rows(n):
@@ -18,6 +20,7 @@ def test_round_trip_and_draw(tmp_path):
     drawn = problems.load(path, 5, seed=1)
     assert drawn == problems.load(path, 5, seed=1) != problems.load(path, 5, seed=2)
     assert len({x.id for x in drawn}) == 5
+    assert drawn == random.Random(1).sample(rows(20), 5)  # what runs have drawn, they draw again
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -30,7 +33,7 @@ def test_errors_name_file_and_line(tmp_path):
     with pytest.raises(SrlibError, match=r"x.jsonl, line 2 is not a Problem: Invalid JSON"):
         problems.load(path)
     path.write_text("\n".join([*lines[:2], '{"id": "2", "prompt": "?"}']))
-    with pytest.raises(SrlibError, match=r"line 3 is not a Problem: answer: Field required"):
+    with pytest.raises(SrlibError, match=r"line 3 is not a Problem: no answer\."):
         problems.load(path)
     path.write_text("")
     with pytest.raises(SrlibError, match="is empty"):
@@ -79,12 +82,150 @@ def test_each_tokenizer_has_its_own_template_and_tokens(tokenizer):
     assert prompts.encode_for_each(tokenizers, []) == [[]] * 5
 
 
+SCHEMA, FOREIGN = {}, {"id": "uid", "prompt": "question", "answer": "target", "trace": "solution", "correct": "ok"}
+
+
+def written(tmp_path, given, columns):
+    """A source of `given` (rows by field, or lines as they are), whose columns are called as `columns` say."""
+    named = (row if isinstance(row, str) else {columns.get(key, key): row[key] for key in row} for row in given)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in named))
+    there = {key for row in given if isinstance(row, dict) for key in row}
+    return Source(path=str(path), columns={key: name for key, name in columns.items() if key in there})
+
+
+GOOD = {"id": "p1", "prompt": "6*7?", "answer": "42"}
+
+
+@pytest.mark.parametrize("columns", [SCHEMA, FOREIGN], ids=["schema", "columns"])
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"answer": 42}, {}),
+        ({"answer": ["42"]}, {}),
+        ({"answer": [4.5]}, {"answer": "4.5"}),
+        ({"answer": 10**400}, {"answer": "1" + "0" * 400}),
+        ({"id": 7}, {"id": "7"}),
+        ({"id": None}, {"id": "0"}),
+        ({"trace": None}, {}),
+        ({"trace": " "}, {}),
+        ({"trace": ["", "seven", "six"]}, {"trace": "seven"}),
+        ({"trace": ["first", "second"], "correct": [False, True]}, {"trace": "second"}),
+        ({"trace": ["first", "second"], "correct": [False, False]}, {}),
+        ({"meta": {"level": 3}}, {"meta": {"level": 3}}),
+        ({"meta": "of another kind", "year": 1999}, {}),
+    ],
+)
+def test_what_a_row_may_hold(tmp_path, columns, row, problem):
+    assert problems.load(written(tmp_path, [GOOD | row], columns)) == [Problem(**(GOOD | problem))]
+
+
+@pytest.mark.parametrize("columns", [SCHEMA, FOREIGN], ids=["schema", "columns"])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"answer": None}, "no answer"),
+        ({"answer": "\t "}, "answer is blank"),
+        ({"answer": "\u200b\u00a0"}, "answer is blank"),
+        ({"answer": True}, "answer is true or false"),
+        ({"answer": [False]}, "answer is true or false"),
+        ({"answer": []}, "answer is a list of 0"),
+        ({"answer": ["42", "forty-two", "XLII"]}, "answer is a list of 3"),
+        ({"answer": {"value": 42}}, "answer is a mapping"),
+        ({"answer": float("nan")}, "answer is not a number"),
+        ({"prompt": ""}, "prompt is blank"),
+        ({"prompt": {"text": "6*7?"}}, "prompt is a mapping"),
+        ({"prompt": [{"role": "system", "content": "Be brief."}]}, "prompt is a conversation"),
+        ({"id": ["p", "1"]}, "id is a list of 2"),
+        ({"id": " "}, "id is blank"),
+        ({"trace": {"text": "seven sixes"}}, "trace is a mapping"),
+        ({"trace": [{"role": "assistant", "content": "42"}]}, "trace is a conversation"),
+        ({"trace": [False, "seven sixes"]}, "trace is true or false"),
+        ('{"id": "p1", "prompt": ', "Invalid JSON"),
+        ('["p1", "6*7?", "42"]', "Input should be an object"),
+        (GOOD | {"id": "0", "prompt": "1+1?"}, "its id stands twice"),
+    ],
+)
+def test_a_bad_row_is_an_error_or_is_left_out_and_counted(tmp_path, columns, row, reason):
+    given = [GOOD | {"id": "0"}, row if isinstance(row, str) else GOOD | row, GOOD | {"id": "2"}]
+    source = written(tmp_path, given, columns)
+    with pytest.raises(SrlibError, match=rf"rows\.jsonl, line 2 is not a Problem: {reason}") as error:
+        problems.load(source)
+    assert "\n" not in str(error.value)
+    dropped = Counter({"of earlier": 1})
+    assert [x.id for x in problems.load(source, on_bad="drop", dropped=dropped)] == ["0", "2"]
+    assert dropped == {"of earlier": 1, reason: 1}
+    wanted = rf"holds 2 problems that can be used \(1 dropped: {reason}\), fewer than the 3 asked for"
+    with pytest.raises(SrlibError, match=wanted):
+        problems.load(source, 3, on_bad="drop")
+
+
+def test_both_lines_of_an_id_are_named(tmp_path):
+    source = written(tmp_path, [GOOD | {"id": 5}, "", GOOD | {"id": "q"}, GOOD | {"id": "5"}], SCHEMA)
+    with pytest.raises(SrlibError, match="line 4 is not a Problem: its id stands twice: '5', in line 1 too"):
+        problems.load(source)
+
+
+@pytest.mark.parametrize("columns", [SCHEMA, FOREIGN], ids=["schema", "columns"])
+def test_a_row_that_needs_a_trace(tmp_path, columns):
+    unmarked = GOOD | {"trace": ["wrong", "wrong too"], "correct": [False, None]}
+    given = [GOOD | {"id": "a", "trace": "<think>"}, GOOD | {"id": "b"}, unmarked]
+    given = [{"correct": True} | row for row in given]
+    source, dropped = written(tmp_path, given, columns), Counter()
+    assert [x.id for x in problems.load(source, 1, worked=True, on_bad="drop", dropped=dropped)] == ["a"]
+    assert dropped == {"no trace": 1, "no generation is marked right": 1}
+    with pytest.raises(SrlibError, match="line 2 is not a Problem: no trace"):
+        problems.load(source, worked=True)
+    assert [x.trace for x in problems.load(source)] == ["<think>", None, None]
+
+
+def test_a_column_called_correct_by_chance_is_left_alone(tmp_path):
+    source = written(tmp_path, [GOOD | {"trace": ["x", "y"], "correct": "B"}], SCHEMA)
+    assert problems.load(source, worked=True)[0].trace == "x"
+
+
+def test_the_draw_is_of_the_usable_rows(tmp_path):
+    good = rows(30)
+    lines = [row.model_dump_json() for row in good]
+    source = written(tmp_path, [*lines[:9], "{", *lines[9:]], SCHEMA)
+    assert problems.load(source, 12, 3, on_bad="drop") == random.Random(3).sample(good, 12)
+
+
+def test_a_damaged_file_of_a_run_is_an_error_and_rows_of_a_given_one_are_dropped(tmp_path):
+    own = tmp_path / "run" / "00_arith_pair"
+    own.mkdir(parents=True)
+    (own / "traces.jsonl").write_text(json.dumps(GOOD) + "\n{")
+    with pytest.raises(SrlibError, match="traces.jsonl, line 2 is not a Problem: Invalid JSON"):
+        problems.traces(Params(run="run", outputs=str(tmp_path)), 1)
+    dropped = Counter()
+    given = Params(run="run", outputs=str(tmp_path), data={"traces": str(own / "traces.jsonl")})
+    assert problems.traces(given, 1, dropped=dropped) == [Problem(**GOOD)] and dropped == {"Invalid JSON": 1}
+
+
+def test_encodings(tmp_path):
+    path, line = tmp_path / "x.jsonl", json.dumps(GOOD | {"prompt": "sechs × 7?"}, ensure_ascii=False)
+    path.write_bytes(line.encode("utf-8-sig") + b"\r\n" + line.replace("p1", "p2").encode("utf-8-sig"))
+    assert [(x.id, x.prompt) for x in problems.load(path)] == [("p1", "sechs × 7?"), ("p2", "sechs × 7?")]
+    for encoding, byte in (("latin-1", "0xd7"), ("utf-16", "0xff")):
+        path.write_bytes(line.encode(encoding))
+        for on_bad in ("raise", "drop"):
+            with pytest.raises(SrlibError, match=f"x.jsonl is not UTF-8: line 1 has the byte {byte}. Save it as UTF-8"):
+                problems.load(path, on_bad=on_bad)
+    path.write_bytes(b"\xef\xbb\xbf\n")
+    with pytest.raises(SrlibError, match="x.jsonl is empty"):
+        problems.load(path)
+
+
 def test_columns_of_other_names(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"question": "1+1?", "target": 2.0, "level": 1}])
     source = Source(path=str(path), columns={"prompt": "question", "answer": "target"})
     assert problems.load(source) == [Problem(id="0", prompt="1+1?", answer="2.0")]
     with pytest.raises(SrlibError, match=r"x.jsonl has no column 'problem', but question, target, level. Name it"):
         problems.load(Source(path=str(path), columns={"prompt": "problem"}))
+    with pytest.raises(SrlibError, match="x.jsonl has no column 'prompt', but question, target, level"):
+        problems.load(path, on_bad="drop")
+    with pytest.raises(SrlibError, match="x.jsonl has no column 'uid'"):  # named, so it is to be there
+        problems.load(source.model_copy(update={"columns": source.columns | {"id": "uid"}}))
 
 
 def test_a_data_set_on_the_hub_is_streamed_and_mapped(monkeypatch):
@@ -105,6 +246,24 @@ def test_a_data_set_on_the_hub_is_streamed_and_mapped(monkeypatch):
     assert drawn == problems.load(source, 4, seed=1) != problems.load(source, 4, seed=2) and len(drawn) == 4
     with pytest.raises(SrlibError, match="some/traces holds 9 problems, fewer than the 10"):
         problems.load(source, 10)
+
+
+def test_bad_rows_of_a_stream_are_passed_over(monkeypatch):
+    from datasets import Dataset
+
+    answers = [None if i % 3 else str(i) for i in range(30)]
+    stream = Dataset.from_list([{"prompt": f"{i}?", "answer": each} for i, each in enumerate(answers)])
+    monkeypatch.setattr(problems, "hub_rows", lambda source: stream.to_iterable_dataset())
+    dropped = Counter()
+    drawn = problems.load("some/traces", 4, on_bad="drop", dropped=dropped)
+    assert len(drawn) == 4 and all(f"{x.answer}?" == x.prompt for x in drawn)
+    assert set(dropped) == {"no answer"} and dropped.total() < 20  # it stops when it has enough
+    with pytest.raises(SrlibError, match=r"holds 10 problems that can be used \(20 dropped: no answer\)"):
+        problems.load("some/traces", 11, on_bad="drop")
+    with pytest.raises(SrlibError, match="some/traces, row 2 is not a Problem: no answer"):
+        problems.load("some/traces")
+    with pytest.raises(SrlibError, match="some/traces has no column 'trace', but prompt, answer"):
+        problems.load("some/traces", 1, worked=True, on_bad="drop")
 
 
 def test_a_hub_that_is_not_there_is_one_sentence(monkeypatch):

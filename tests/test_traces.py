@@ -10,15 +10,11 @@ from srlib.data.journal import Journal
 from srlib.data.rows import Annotated, Problem, write_jsonl
 from srlib.data.spans import Span
 from srlib.engine import transformers
-from srlib.params import Annotate, Offload, Source
-
-
-def source(tmp_path, rows, **columns):
-    return Source(path=str(write_jsonl(tmp_path / "x.jsonl", rows)), columns=columns)
+from srlib.params import Annotate, Offload, Params
 
 
 def test_the_first_right_generation_is_taken_and_the_rest_is_counted(tmp_path):
-    generations = {"generations": ["no", "yes", "also"], "ok": [False, True, True]}
+    generations = {"generations": ["no", "<bigmodel>yes</bigmodel>", "also"], "ok": [False, True, True]}
     right = {"uuid": "a", "problem": "1+1?", "answer": 2, **generations}
     rows = [
         right,
@@ -27,16 +23,20 @@ def test_the_first_right_generation_is_taken_and_the_rest_is_counted(tmp_path):
         right | {"uuid": "d", "answer": None},
         right | {"uuid": "e"},
     ]
-    given = source(tmp_path, rows, id="uuid", prompt="problem", trace="generations", correct="ok")
-    found, dropped = traces.load(given, 2)
+    columns = {"id": "uuid", "prompt": "problem", "trace": "generations", "correct": "ok"}
+    given = {"path": str(write_jsonl(tmp_path / "x.jsonl", rows)), "columns": columns}
+
+    def gather(n, **source):
+        return traces.gather(Params(run="x", data={"traces": given | source}, annotate={"n_traces": n}), tmp_path)
+
+    found, dropped = gather(2)
     assert sorted(problem.id for problem in found) == ["a", "e"]
     assert {(x.prompt, x.answer, x.trace) for x in found} == {("1+1?", "2", "yes")}
-    assert set(dropped) <= {"no generation is marked right", "no answer"}
-    reasons = r"holds 2 traces that can be used \(2 dropped: no generation is marked right; 1 dropped: no answer\)"
-    with pytest.raises(SrlibError, match=reasons):
-        traces.load(given, 3)
+    assert dropped == {"no generation is marked right": 1, "no trace": 1, "no answer": 1}
+    with pytest.raises(SrlibError, match=r"holds 2 traces that can be used \(1 dropped: .*\), fewer than the 3"):
+        gather(3)
     with pytest.raises(SrlibError, match="has no column 'solution', but uuid, problem"):
-        traces.load(source(tmp_path, rows, prompt="problem", trace="solution"), 2)
+        gather(2, columns={"prompt": "problem", "trace": "solution"})
 
 
 def test_tags_that_a_set_has_either_way_they_close(tokenizer):
@@ -102,7 +102,7 @@ def test_traces_that_the_big_model_writes_are_kept_if_right(engines, tmp_path, m
         graded.append(problem)
         return type("Grade", (), {"correct": len(graded) % 3 == 0})
 
-    monkeypatch.setattr(traces.benchmarks, "verdict", verdict)
+    monkeypatch.setattr(traces.grade, "verdict", verdict)
     config, offload = Annotate(tries=3, temperature=1.0), Offload(max_tokens=200, batch_size=4)
     with Journal(tmp_path / "w.journal.jsonl") as journal:
         written, dropped = traces.write(big, asked, config, offload, 0, journal)

@@ -24,6 +24,7 @@ from srlib.annotation import judge, traces
 from srlib.annotation.alignment import Match, align, cover, units, why
 from srlib.data import spans
 from srlib.data.journal import Journal
+from srlib.data.problems import told
 from srlib.data.prompts import encode_prompt, encode_prompts
 from srlib.data.rows import Annotated, Problem, write_jsonl
 from srlib.data.spans import Span
@@ -72,7 +73,7 @@ def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> 
         else:
             dropped[row] += 1
     if not rows:
-        raise SrlibError(f"No trace could be annotated: {traces.told(dropped)}.")
+        raise SrlibError(f"No trace could be annotated: {told(dropped)}.")
     write_jsonl(folder / "annotated.jsonl", rows)
     report |= {"annotated": len(rows), "dropped": dict(dropped.most_common())}
     report["share"] = sum(row.share for row in rows) / len(rows)

@@ -1,14 +1,9 @@
-"""Worked traces to annotate: as a data set has them, or written here by the big model.
-
-Data sets differ in shape. Where one has several generations a problem and says which are right,
-the first right one is taken; a row without what is needed is dropped, and its reason counted.
-"""
+"""Worked traces to annotate: as a data set has them, or written here by the big model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,45 +12,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from srlib import SrlibError
-from srlib.data import benchmarks, grade, problems, spans
+from srlib.data import grade, problems, spans
 from srlib.data.journal import Journal
-from srlib.data.rows import Problem, read_jsonl
+from srlib.data.rows import Problem
 from srlib.decoding.policies import Always
 from srlib.decoding.scheduler import Offloader
-from srlib.params import Annotate, Offload, Params, Source
-
-
-def load(source: Source, n: int, seed: int = 0, worked: bool = True) -> tuple[list[Problem], Counter[str]]:
-    """`n` problems of `source` in random order, and how many rows were dropped, by reason.
-
-    A file whose rows have the fields of `Problem` is read as it is, and a damaged line is an error;
-    rows of other columns, and of the hub, are dropped if damaged. The column named `correct` may
-    hold a truth value for each of a row's generations.
-
-    Args:
-        worked: whether a row needs a trace.
-
-    Raises:
-        SrlibError: no such file, data set or column, or fewer than `n` rows can be used.
-    """
-    if benchmarks.find(source) is not None or (source.file is not None and not source.columns):
-        return problems.load(source, n, seed), Counter()
-    if source.file is not None:
-        rows: Any = read_jsonl(source.file, dict)
-        random.Random(seed).shuffle(rows)
-    else:
-        rows = problems.hub_rows(source).shuffle(seed, buffer_size=problems.WINDOW)
-    found, dropped = [], Counter()
-    for number, row in enumerate(tqdm(rows, desc="load", unit="row", mininterval=1, leave=False)):
-        problem = problems.from_row(row, number, source, worked)
-        if isinstance(problem, Problem):
-            found.append(problem)
-        else:
-            dropped[problem] += 1
-        if len(found) == n:
-            return found, dropped
-    why = f" ({told(dropped)})" if dropped else ""
-    raise SrlibError(f"{source.path} holds {len(found)} traces that can be used{why}, fewer than the {n} asked for.")
+from srlib.params import Annotate, Offload, Params
 
 
 def gather(p: Params, folder: Path, big=None) -> tuple[list[Problem], Counter[str]]:
@@ -68,7 +30,8 @@ def gather(p: Params, folder: Path, big=None) -> tuple[list[Problem], Counter[st
         big: an engine, if it writes.
     """
     config = p.annotate
-    found, dropped = load(p.traces, config.n_traces, p.seed, worked=not config.tries)
+    dropped: Counter[str] = Counter()
+    found = problems.traces(p, config.n_traces, worked=not config.tries, dropped=dropped)
     if config.tries:
         decides = [p.big.model_dump(), p.offload.settings, config.tries, config.temperature, p.seed]
         name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
@@ -77,15 +40,10 @@ def gather(p: Params, folder: Path, big=None) -> tuple[list[Problem], Counter[st
             found, wrong = write(big, found, config, p.offload, p.seed, journal)
         dropped += wrong
         if not found:
-            raise SrlibError(f"The big model wrote no right trace: {told(dropped)}.")
+            raise SrlibError(f"The big model wrote no right trace: {problems.told(dropped)}.")
     if config.method != "given":
         found = [problem.model_copy(update={"trace": spans.strip(problem.trace)}) for problem in found]
     return found, dropped
-
-
-def told(dropped: Counter[str]) -> str:
-    """What was dropped, in words."""
-    return "; ".join(f"{count} dropped: {reason}" for reason, count in dropped.most_common())
 
 
 def key(problem: Problem) -> str:

@@ -10,16 +10,12 @@ for base models `base`, or any text with {question} in it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from srlib import SrlibError
-from srlib.data.prompts import ask
 from srlib.params import Offload, Params, Source, nearest
-
-if TYPE_CHECKING:
-    pass
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFGHIJ"
@@ -30,7 +26,7 @@ class Benchmark:
     """A named set: its rows, and how often each problem is sampled where accuracies are published."""
 
     source: Source | None  # on the hub; None: made by a procedure
-    fields: Callable[[Row, int], Row]  # a row of it and its number: id, prompt, answer, meta
+    fields: Callable[[Row, int], Row]  # of a row and its number: id, prompt, answer, meta; unchecked
     samples: int = 1
     prompt: str = "boxed"
     quick: int | None = 50  # problems of the quick protocol; None: all
@@ -45,15 +41,14 @@ class Protocol(NamedTuple):
 
 
 def _maths(row: Row, number: int) -> Row:
-    identity = row.get("unique_id") or row.get("id") or number
     meta = {key: row[key] for key in ("level", "subject") if key in row}
-    return {"id": str(identity), "prompt": row["problem"], "answer": str(row["answer"]), "meta": meta}
+    return {"id": row.get("unique_id", row.get("id")), "prompt": row["problem"], "answer": row["answer"], "meta": meta}
 
 
 def _gsm8k(row: Row, number: int) -> Row:
     answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
     steps = row["answer"].count("<<")  # calculations in its worked solution
-    return {"id": str(row.get("idx", number)), "prompt": row["question"], "answer": answer, "meta": {"level": steps}}
+    return {"id": row.get("idx"), "prompt": row["question"], "answer": answer, "meta": {"level": steps}}
 
 
 def _gpqa(row: Row, number: int) -> Row:
@@ -63,22 +58,13 @@ def _gpqa(row: Row, number: int) -> Row:
     lines = "\n".join(f"({LETTERS[i]}) {choices[place].strip()}" for i, place in enumerate(order))
     question = f"{row['Question'].strip()}\n\n{lines}\n\nThe answer is the letter of one of these choices."
     meta = {"subject": row.get("Subdomain")}
-    return {
-        "id": str(row.get("Record ID", number)),
-        "prompt": question,
-        "answer": LETTERS[order.index(0)],
-        "meta": meta,
-    }
+    return {"id": row.get("Record ID"), "prompt": question, "answer": LETTERS[order.index(0)], "meta": meta}
 
 
 def _gym(row: Row, number: int) -> Row:
-    name = row["metadata"].get("source_dataset", "")
-    return {
-        "id": f"{name}-{number}",
-        "prompt": row["question"],
-        "answer": str(row["answer"]),
-        "meta": {"reasoning_gym": row},
-    }
+    """A few sets have no answers, or blank ones: their verifiers decide."""
+    name, answer = row["metadata"].get("source_dataset", ""), str(row["answer"] or None)
+    return {"id": f"{name}-{number}", "prompt": row["question"], "answer": answer, "meta": {"reasoning_gym": row}}
 
 
 NAMES = {
@@ -98,27 +84,36 @@ def find(source: Source) -> Benchmark | None:
     return NAMES.get(source.path.partition(":")[0])
 
 
-def rows(source: Source, n: int | None, seed: int, read: Callable[[Source], Iterable[Row]]) -> Iterator[Row]:
-    """The fields of the problems of a named set, in order; of a procedural one `n`, else all.
+def origin(source: Source) -> Source | None:
+    """Where the rows of a named set are: in a copy, or on the hub; None: it is made by a procedure."""
+    benchmark, which = find(source), source.path.partition(":")[2]
+    if benchmark is None or benchmark.source is None:
+        return None
+    return Source(path=which) if which else benchmark.source
 
-    Args:
-        read: gives the rows of a file or of a set on the hub.
+
+def procedural(source: Source, n: int | None, seed: int) -> Iterator[Row]:
+    """`n` rows of a set that is made by a procedure; without a number 500.
 
     Raises:
-        SrlibError: there is no such procedural set, or a row has not the columns of the benchmark.
+        SrlibError: reasoning_gym has no such set.
     """
     name, _, which = source.path.partition(":")
-    benchmark = NAMES[name]
-    if benchmark.source is None:
-        given = _procedural(name, which, n or PROCEDURAL, seed)
-    else:
-        given = read(Source(path=which) if which else benchmark.source)
-    for number, row in enumerate(given):
-        try:
-            fields = benchmark.fields(row, number)
-        except (KeyError, AttributeError) as error:
-            raise SrlibError(f"{source.path}, row {number + 1} is no row of {name}: it has no {error}.") from None
-        yield {**fields, "prompt": ask(fields["prompt"], source.prompt or benchmark.prompt)}
+    n = n or PROCEDURAL
+    if name == "arith":
+        from srlib.data import arith
+        from srlib.params import Arith
+
+        stream = arith.generate(Arith(), "test", seed)
+        return (next(stream).model_dump() for _ in range(n))
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if which not in DATASETS:
+        near = nearest(which, list(DATASETS))
+        hint = f"; did you mean reasoning_gym:{near}?" if near else "."
+        raise SrlibError(f"reasoning_gym has no set {which!r}{hint}")
+    return (dict(row) for row in reasoning_gym.create_dataset(which, size=n, seed=seed))
 
 
 def protocol(p: Params) -> Protocol:
@@ -138,20 +133,3 @@ def protocol(p: Params) -> Protocol:
         samples, n = (1, min(50, e.n_problems)) if quick else (e.samples_per_problem, e.n_problems)
         return Protocol(offload, samples, n)
     return Protocol(offload, 1 if quick else benchmark.samples, benchmark.quick if quick else None)
-
-
-def _procedural(name: str, which: str, n: int, seed: int) -> Iterator[Row]:
-    if name == "arith":
-        from srlib.data import arith
-        from srlib.params import Arith
-
-        stream = arith.generate(Arith(), "test", seed)
-        return (next(stream).model_dump() for _ in range(n))
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    if which not in DATASETS:
-        near = nearest(which, list(DATASETS))
-        hint = f"; did you mean reasoning_gym:{near}?" if near else "."
-        raise SrlibError(f"reasoning_gym has no set {which!r}{hint}")
-    return (dict(row) for row in reasoning_gym.create_dataset(which, size=n, seed=seed))

@@ -1,62 +1,125 @@
-"""Problems and worked traces in one schema, from JSONL files and from the hub."""
+"""Problems and worked traces in one schema, from JSONL files, from the hub and from named sets.
+
+Every row meets the same checks, wherever it comes from and whatever its columns are called. One
+that fails them is an error, or is left out and counted with its reason: `on_bad` says which.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 import random
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import TypeAdapter, ValidationError
+from tqdm.auto import tqdm
 
 from srlib import SrlibError
 from srlib.data import benchmarks, prompts
-from srlib.data.rows import Problem, read_jsonl
-from srlib.params import Source
+from srlib.data.benchmarks import Benchmark, Row
+from srlib.data.rows import Problem, lines
+from srlib.params import Params, Source
 
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+SAME = {field: field for field in ("id", "prompt", "answer", "trace", "correct", "meta")}  # the columns' own names
 WINDOW = 10_000  # rows of a stream that are held to be drawn from
 
 
-def load(source: Source | str | Path, n: int | None = None, seed: int = 0) -> list[Problem]:
-    """Problems of a JSONL file, of a data set on the hub, or of a named benchmark (see `benchmarks`).
+class Bad(Exception):
+    """Why a row is no problem: the `reason` it is counted under, and what was seen in this very row."""
 
-    Without `columns` the rows have just the fields of `Problem`; with them the fields are read
-    from the columns named, others are left alone, and a row without an id gets its number.
+    def __init__(self, reason: str, seen: object = "") -> None:
+        super().__init__(f"{reason}: {str(seen)[:200]}" if seen else reason)
+        self.reason = reason
+
+
+def load(
+    source: Source | str | Path,
+    n: int | None = None,
+    seed: int = 0,
+    *,
+    worked: bool = False,
+    on_bad: Literal["raise", "drop"] = "raise",
+    dropped: Counter[str] | None = None,
+) -> list[Problem]:
+    """Problems of a JSONL file, of a data set on the hub, or of a named set (see `benchmarks`).
+
+    The fields `id`, `prompt`, `answer` and `trace` are read from the columns that the source names, or
+    from those called like them; a mapping called `meta` is kept, other columns are left alone. A field
+    is text, a number, or a list with one of these. A row without an id gets its number, from 0. Of a
+    list of generations the first is the trace, or the first that the column `correct` says is right.
 
     Args:
         source: a `Source`, or a path alone.
         n: how many to draw without replacement, in random order (of a data set on the hub, which
             is streamed: out of a window of 10,000 rows); None: all, in order.
         seed: of the draw.
+        worked: whether a row needs a trace.
+        on_bad: what becomes of a row that is no problem: `raise` an error at the first, or `drop` it.
+        dropped: is told how many were dropped, by reason.
 
     Raises:
-        SrlibError: no such file or data set, a broken line or row (its number is named), an empty
-            set, or fewer than `n` problems.
+        SrlibError: no such file, data set or column, a file that is not UTF-8, a bad row (where it is
+            and what is wrong), or fewer than `n` problems (why others cannot be used).
     """
     source = source if isinstance(source, Source) else Source(path=str(source))
-    if benchmarks.find(source) is not None:
-        fields = benchmarks.rows(source, n, seed, lambda s: read_jsonl(s.file, dict) if s.file else hub_rows(s))
-        rows = [Problem(**row) for row in fields]
-        if n is not None and n < len(rows):
-            rows = random.Random(seed).sample(rows, n)
-    elif source.file is not None:
-        if source.columns:
-            rows = _from_rows(read_jsonl(source.file, dict), source)
-        else:
-            rows = read_jsonl(source.file, Problem)
-            if source.prompt:
-                rows = [row.model_copy(update={"prompt": prompts.ask(row.prompt, source.prompt)}) for row in rows]
-        if n is not None and n <= len(rows):
-            rows = random.Random(seed).sample(rows, n)
-    else:
-        stream = hub_rows(source)
-        stream = stream if n is None else stream.shuffle(seed, buffer_size=WINDOW).take(n)
-        rows = _from_rows(stream, source)
-    if n is not None and n > len(rows):
-        raise SrlibError(f"{source.path} holds {len(rows)} problems, fewer than the {n} asked for.")
-    return rows
+    benchmark = benchmarks.find(source)
+    whole = benchmark is not None or source.file is not None
+    rows = _placed_rows(source, n, seed)
+    if benchmark is None:
+        head = list(rows if whole else islice(rows, 1))
+        _check_columns(source, [row for _, row in head if not isinstance(row, Bad)], worked)
+        rows = chain(head, rows)
+    places: dict[str, str] = {}
+    found: list[Problem] = []
+    bad_rows: Counter[str] = Counter()
+    for number, (place, row) in enumerate(tqdm(rows, desc="load", unit="row", delay=2, mininterval=1, leave=False)):
+        try:
+            problem = _problem(row, number, source, benchmark, worked)
+            if problem.id in places:
+                raise Bad("its id stands twice", f"{problem.id!r}, in {places[problem.id]} too")
+        except Bad as bad:
+            if on_bad == "raise":
+                raise SrlibError(f"{source.path}, {place} is not a Problem: {bad}.") from None
+            bad_rows[bad.reason] += 1
+            continue
+        places[problem.id] = place
+        found.append(problem)
+        if len(found) == n and not whole:
+            break
+    if dropped is not None:
+        dropped.update(bad_rows)
+    if len(found) < (n or 1):
+        held = f"{len(found)} {'traces' if worked else 'problems'}"
+        usable = f" that can be used ({told(bad_rows)})" if bad_rows else ""
+        raise SrlibError(f"{source.path} holds {held}{usable}, fewer than the {n or 1} asked for.")
+    return random.Random(seed).sample(found, n) if whole and n is not None else found
 
 
-def hub_rows(source: Source):
+def traces(p: Params, n: int, *, worked: bool = False, dropped: Counter[str] | None = None) -> list[Problem]:
+    """`n` of the traces that a run reads.
+
+    Of a set that the params name, rows that cannot be used are left out and counted in `dropped`; in what
+    stage 00 wrote there are none, but the file is damaged.
+
+    Raises:
+        SrlibError: as `load`.
+    """
+    return load(p.traces, n, p.seed, worked=worked, on_bad="drop" if p.data.traces else "raise", dropped=dropped)
+
+
+def told(dropped: Counter[str]) -> str:
+    """What was dropped, in words."""
+    return "; ".join(f"{count} dropped: {reason}" for reason, count in dropped.most_common())
+
+
+def hub_rows(source: Source) -> IterableDataset:
     """The rows of a data set on the hub as they are there, streamed.
 
     Raises:
@@ -71,52 +134,116 @@ def hub_rows(source: Source):
         raise SrlibError(f"{source.path} is no file here, and the hub gave no such data set: {reason}") from None
 
 
-def from_row(row: dict[str, Any], number: int, source: Source, worked: bool = False) -> Problem | str:
-    """The problem in a row whose columns may have other names; a string: why there is none.
+def _placed_rows(source: Source, n: int | None, seed: int) -> Iterator[tuple[str, Row | Bad]]:
+    """The rows of any source, each with its place, such as `line 3`; of a stream, shuffled if some are drawn."""
+    rows: Iterable[Row]
+    if benchmarks.find(source) is not None:
+        origin = benchmarks.origin(source)
+        if origin is not None:
+            yield from _placed_rows(origin, None, seed)
+            return
+        rows = benchmarks.procedural(source, n, seed)
+    elif source.file is not None:
+        adapter = TypeAdapter(Row)
+        for number, line in lines(source.file):
+            try:
+                yield f"line {number}", adapter.validate_json(line)
+            except ValidationError as error:
+                reason, _, seen = error.errors()[0]["msg"].partition(": ")
+                yield f"line {number}", Bad(reason, seen)
+        return
+    else:
+        stream = hub_rows(source)
+        rows = stream if n is None else stream.shuffle(seed, buffer_size=WINDOW)
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row
 
-    Of several generations it takes the first, or, where a column named `correct` says which are right,
-    the first right one.
 
-    Args:
-        number: of the row, from 0; an id where it has none.
-        worked: whether a row needs a trace.
+def _check_columns(source: Source, rows: list[Row], worked: bool) -> None:
+    """Raise an error if none of `rows` has a column that is needed, or that the source names."""
+    there = list(dict.fromkeys(column for row in rows for column in row))
+    needed = {field: field for field in ("prompt", "answer", *(["trace"] if worked else []))}
+    absent = [column for column in (needed | source.columns).values() if column not in there]
+    if there and absent:
+        raise SrlibError(f"{source.path} has no column {absent[0]!r}, but {', '.join(there)}. Name it in `columns`.")
+
+
+def _problem(row: Row | Bad, number: int, source: Source, benchmark: Benchmark | None, worked: bool) -> Problem:
+    """The problem in a row.
 
     Raises:
-        SrlibError: the first row lacks a column.
+        Bad: there is none.
     """
-    columns = {field: source.columns.get(field, field) for field in ("id", "prompt", "answer", "trace")}
-    needed = ("prompt", "answer", "trace") if worked else ("prompt", "answer")
-    absent = [columns[field] for field in needed if columns[field] not in row]
-    if absent and not number:
-        raise SrlibError(f"{source.path} has no column {absent[0]!r}, but {', '.join(row)}. Name it in `columns`.")
-    values = {field: row.get(column) for field, column in columns.items()}
-    if "correct" in source.columns:
-        values["trace"] = _first_right(values["trace"], row.get(source.columns["correct"]))
-        if worked and values["trace"] is None:
-            return "no generation is marked right"
-    elif isinstance(values["trace"], list):
-        values["trace"] = next(iter(values["trace"]), None)
-    for field in needed:
-        if values[field] is None or not str(values[field]).strip():
-            return f"no {field}"
-    values["id"] = number if values["id"] is None else values["id"]
-    if source.prompt:
-        values["prompt"] = prompts.ask(str(values["prompt"]), source.prompt)
-    return Problem(**{field: None if value is None else str(value) for field, value in values.items()})
+    if isinstance(row, Bad):
+        raise row
+    if benchmark is None:
+        fields = {field: row.get(column) for field, column in (SAME | source.columns).items()}
+    else:
+        try:
+            fields = benchmark.fields(row, number)
+        except KeyError as error:
+            raise Bad(f"no column {error}, which rows of {source.path.partition(':')[0]} have") from None
+        except (AttributeError, TypeError):
+            raise Bad(f"its columns do not hold what those of {source.path.partition(':')[0]} do", row) from None
+    how = source.prompt or (benchmark.prompt if benchmark else "plain")
+    return Problem(
+        id=str(number) if fields["id"] is None else _text("id", fields["id"]),
+        prompt=prompts.ask(_text("prompt", fields["prompt"]), how),
+        answer=_text("answer", fields["answer"]),
+        trace=_trace(fields, "correct" in source.columns, worked),
+        meta=fields["meta"] if isinstance(fields["meta"], dict) else {},
+    )
 
 
-def _first_right(generations: Any, correct: Any) -> str | None:
-    several = generations if isinstance(generations, list) else [generations]
+def _trace(fields: Row, marked: bool, worked: bool) -> str | None:
+    """The trace of a row, if it has one: of several generations the first, or the first that is marked right.
+
+    Raises:
+        Bad: it is no text, or a row needs one and has none.
+    """
+    given = fields.get("trace")
+    several = given if isinstance(given, list) else [given]
+    if any(isinstance(each, dict) for each in several):
+        raise Bad(f"trace is {_kind(given)}", given)
+    correct = fields.get("correct")
     marks = correct if isinstance(correct, list) else [correct]
-    return next((text for text, right in zip(several, marks) if right is True and text), None)
+    if not marked and not any(isinstance(mark, bool) for mark in marks):  # a column that is called so by chance
+        marks = [True] * len(several)
+    written = [(each, right) for each, right in zip(several, marks) if each is not None and not _blank(str(each))]
+    first = next((each for each, right in written if right is True), None)
+    if first is None and worked:
+        raise Bad("no generation is marked right" if written else "no trace")
+    return None if first is None else _text("trace", first)
 
 
-def _from_rows(rows: Iterable[dict[str, Any]], source: Source) -> list[Problem]:
-    """As `from_row`, and every row is a problem."""
-    found = []
-    for number, row in enumerate(rows):
-        problem = from_row(row, number, source)
-        if isinstance(problem, str):
-            raise SrlibError(f"{source.path}, row {number + 1} has {problem}: {json.dumps(row, default=str)[:200]}")
-        found.append(problem)
-    return found
+def _text(field: str, value: object) -> str:
+    """The text of a field: text or a number as they are, or the only one in a list.
+
+    Raises:
+        Bad: it is missing, blank, or something else.
+    """
+    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list | dict):
+        value = value[0]
+    if value is None:
+        raise Bad(f"no {field}")
+    number = isinstance(value, int | Decimal) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not (number or isinstance(value, str)):
+        raise Bad(f"{field} is {_kind(value)}", value)
+    if _blank(str(value)):
+        raise Bad(f"{field} is blank")
+    return str(value)
+
+
+def _blank(text: str) -> bool:
+    """Whether nothing of `text` is seen: it holds spaces, controls and marks without width alone."""
+    return not any(character.isprintable() and character != " " for character in text)
+
+
+def _kind(value: object) -> str:
+    """What stands where a text should, in words."""
+    if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
+        return "a conversation"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    words = {dict: "a mapping", bool: "true or false", float: "not a number"}
+    return words.get(type(value), type(value).__name__)

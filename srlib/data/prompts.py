@@ -23,7 +23,7 @@ def encode_for_each(tokenizers: list, prompts: list[str]) -> list[list[list[int]
     ids_alone = {"return_attention_mask": False}
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
     filled: dict[tuple[Any, ...], list[str]] = {}
-    encoded = []
+    encoded: list[list[list[int]]] = []
     for tokenizer in tokenizers:
         if not prompts:
             encoded.append([])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,30 +30,48 @@ class Problem(BaseModel):
 Row = TypeVar("Row", BaseModel, dict)
 
 
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file and their numbers; blank ones, and a byte-order mark, are left out.
+
+    Raises:
+        SrlibError: no such file, an empty file, or one that cannot be read or is not UTF-8.
+    """
+    if not path.is_file():
+        raise SrlibError(f"There is no file {path}.")
+    number, empty = 0, True
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig")  # in every line: files that begin with the mark are put together, too
+                if text.strip():
+                    empty = False
+                    yield number, text
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise SrlibError(f"{path} is not UTF-8: line {number} has the byte {byte:#04x}. Save it as UTF-8.") from None
+    except OSError as error:
+        raise SrlibError(f"{path} cannot be read: {error.strerror}.") from None
+    if empty:
+        raise SrlibError(f"{path} is empty: it needs at least one line.")
+
+
 def read_jsonl(path: str | Path, row: type[Row]) -> list[Row]:
     """Every line of `path` as a `row`: a model of pydantic, or a plain dict.
 
     Raises:
-        SrlibError: no such file, an empty file, or a line that is no such row (its number is named).
+        SrlibError: no such file, an empty file, one that is not UTF-8, or a line that is no such row
+            (its number is named).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise SrlibError(f"There is no file {path}.")
     rows, adapter = [], TypeAdapter(row)
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(adapter.validate_json(line))
-            except ValidationError as error:
-                first = error.errors()[0]
-                field = ".".join(map(str, first["loc"]))
-                raise SrlibError(
-                    f"{path}, line {number} is not a {row.__name__}: {field + ': ' if field else ''}{first['msg']}."
-                ) from None
-    if not rows:
-        raise SrlibError(f"{path} is empty: it needs at least one {row.__name__}.")
+    for number, line in lines(Path(path)):
+        try:
+            rows.append(adapter.validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise SrlibError(
+                f"{path}, line {number} is not a {row.__name__}: {field + ': ' if field else ''}{first['msg']}."
+            ) from None
     return rows
 
 

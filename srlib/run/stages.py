@@ -92,15 +92,15 @@ class Artefact:
 
 
 def artefacts(p: Params) -> dict[str, Artefact]:
-    from srlib.data.rows import Annotated
+    from srlib.data.rows import Annotated, read_jsonl
 
     results = p.where("05_evaluate") / "results.json"
     own_pair = p.pair.small.path is not None and p.pair.big.path is not None
     return {
         "pair": Artefact((p.small.path, p.big.path), lambda: (engine.check(p.small), engine.check(p.big)), own_pair),
-        "traces": Artefact((p.traces.file or p.traces.path,), lambda: _usable(p.traces), p.data.traces is not None),
+        "traces": Artefact((p.traces.file or p.traces.path,), lambda: problems.traces(p, 1), p.data.traces is not None),
         "test": Artefact((p.test.file or p.test.path,), lambda: _readable(p.test), p.data.test is not None),
-        "annotated": Artefact((p.annotated,), lambda: problems.read_jsonl(p.annotated, Annotated)),
+        "annotated": Artefact((p.annotated,), lambda: read_jsonl(p.annotated, Annotated)),
         "adapter": Artefact(
             (p.tuned.adapter or p.tuned.path,), lambda: engine.check(p.tuned), p.pair.tuned is not None
         ),
@@ -112,15 +112,6 @@ def artefacts(p: Params) -> dict[str, Artefact]:
 
 def _readable(source: Source) -> None:
     problems.load(source, None if source.file else 1)  # of a data set on the hub one row will do
-
-
-def _usable(source: Source) -> None:
-    if source.columns or not source.file:
-        from srlib.annotation import traces  # here, as it takes seconds to import what it needs
-
-        traces.load(source, 1, worked=False)  # damaged rows are left out, and one will do
-    else:
-        _readable(source)
 
 
 def _there(path: Path) -> None:

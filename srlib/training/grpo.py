@@ -23,8 +23,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig, GRPOTrainer
 
 from srlib import engine
-from srlib.annotation.traces import load as load_traces
 from srlib.cost.latency import PairSpeed
+from srlib.data.problems import traces as load_traces
 from srlib.data.rows import Problem
 from srlib.engine.adapters import ready_for_trl
 from srlib.engine.models import device_of, dtype_of, load_model
@@ -131,7 +131,7 @@ def train(
 def run(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
     """`train` as the params ask for it, in this process."""
     big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None
-    tasks, _ = load_traces(p.traces, p.grpo.n_problems, p.seed, worked=False)
+    tasks = load_traces(p, p.grpo.n_problems)
     small = p.rollout_small if p.grpo.use_vllm else None
     return train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, folder, small)
 
