@@ -181,7 +181,6 @@ def test_the_reference_lists_every_setting():
     given = {"folder": "x", "stages": ["00_arith_pair"]}
     model = {"local": {}}
     full = Params(run="x", base=given, pair={"tuned": {}}, data={"traces": "x", "test": "x"}, annotate={"judge": model})
-    full = full.model_copy(update={"bench": full.bench.model_copy(update={"pipelined": params.Pipelining()})})
 
     def dotted(values, prefix=""):
         for name, value in values.items():

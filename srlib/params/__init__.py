@@ -30,7 +30,6 @@ from srlib.params.stages import (
     Judge,
     Latency,
     Offload,
-    Pipelining,
     Sft,
     Source,
     slots_for,
@@ -38,6 +37,6 @@ from srlib.params.stages import (
 
 __all__ = [
     "ROOT", "Annotate", "Arith", "ArithModel", "Base", "Bench", "Data", "Evaluate", "Grpo", "Hardware", "Judge",
-    "Latency", "ModelSpec", "Offload", "Pair", "Params", "Pipelining", "Section", "Sft", "Source", "build", "find",
+    "Latency", "ModelSpec", "Offload", "Pair", "Params", "Section", "Sft", "Source", "build", "find",
     "from_notebook", "here", "load", "nearest", "parse_override", "slots_for",
 ]  # fmt: skip

@@ -279,20 +279,7 @@ class Grpo(Section):
         return self
 
 
-class Pipelining(Section):
-    """How far the two models of a pair work at the same time."""
-
-    control_chunk: int = Field(1, ge=1, description="big tokens between two looks of the small model")
-    stream_chunk: int = Field(
-        0, ge=0, description="the big model reads along every so many small tokens; 0: when asked"
-    )
-    overlap: bool = Field(False, description="the big model writes on while the small one looks at its last chunk")
-    oversubscribe: float = Field(
-        0.0, ge=0, description="traces under way beyond batch_size, as a part of it: they stand in for those at the big"
-    )
-
-
-class Offload(Pipelining):
+class Offload(Section):
     """How two models write a trace."""
 
     max_tokens: int = Field(96, ge=1, description="most tokens of one trace, tags included")
@@ -303,6 +290,14 @@ class Offload(Pipelining):
         1.0, gt=0, le=1, description="probability that the tokens drawn from have together; 1: all tokens"
     )
     top_k: int = Field(0, ge=0, description="number of likeliest tokens drawn from; 0: all tokens")
+    control_chunk: int = Field(1, ge=1, description="big tokens between two looks of the small model")
+    stream_chunk: int = Field(
+        0, ge=0, description="the big model reads along every so many small tokens; 0: when asked"
+    )
+    overlap: bool = Field(False, description="the big model writes on while the small one looks at its last chunk")
+    oversubscribe: float = Field(
+        0.0, ge=0, description="traces under way beyond batch_size, as a part of it: they stand in for those at the big"
+    )
     hint: str = Field("", description="put behind every problem that is written; for a model trained with one")
     n_demo: int = Field(64, ge=1, description="problems in the batch of notebook 04")
 
@@ -374,10 +369,6 @@ class Bench(Section):
     random_share: float = Field(0.05, gt=0, lt=1, description="probability with which random has the big model write")
     random_chunk: int = Field(16, ge=1, description="tokens one owner writes in a row under random")
     draft_tokens: int = Field(4, ge=1, description="tokens the small model drafts in speculative decoding")
-    pipelined: Pipelining | None = Field(
-        None, description="learned and random are measured a second time with these settings of offload"
-    )
-    big_process: bool = Field(False, description="pipelined on transformers: a second big model, in its own process")
 
 
 class Base(Section):
