@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srlib import Offloader, SrlibError, engine
-from srlib.decoding.policies import Learned, Random
+from srlib.decoding.policies import Always, Learned, Never, Random
 from srlib.decoding.trace import BIG, SMALL
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import ModelSpec
@@ -144,6 +144,23 @@ def test_what_is_followed_is_what_is_written(both, many, expected):
     assert free(both) == [24, 24]
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_a_process_tells_of_each_token_where_it_is_followed(folders, prompts, live):
+    """And of none where it is not: then its answers come when they are done."""
+    beside = engine.load(ModelSpec(path=folders[1], process=True), slots=4)
+    writer = Offloader(None, beside, Always(), max_tokens=24)
+    whole = max(writer.run(prompts), key=lambda trace: len(trace.ids))
+    job = writer.submit(whole.prompt_ids, live=live)
+    pieces = [ids for ids, _ in writer.follow(job)]
+    assert sum(pieces, []) == job.trace.ids == whole.ids and len(whole.ids) > 8
+    assert (len(pieces) > len(whole.ids) / 4) is live
+    job = writer.submit(whole.prompt_ids, live=live)
+    next(writer.follow(job))  # cancelled midway, what was told is kept
+    writer.cancel(job)
+    assert job.trace.ids == whole.ids[: len(job.trace.ids)] and beside._open == 0
+    beside.shutdown()
+
+
 def test_a_job_is_in_the_trace_as_far_as_it_was_shown_when_it_is_cancelled(both, many, expected):
     writer = Offloader(*both, Learned(), **HOW)
     long = next(ids for ids in many if len(expected[tuple(ids)][0]) > 10)
@@ -231,8 +248,6 @@ def test_a_number_is_a_sample(both, many):
 
 def test_a_policy_says_which_models_it_asks(tokenizer):
     """An engine that a policy does not ask is left alone, even where it is given; one that it asks must be there."""
-    from srlib.decoding.policies import Always, Never
-
     small, big = Scripted(tokenizer, lambda n: 10), Scripted(tokenizer, lambda n: 20)
     for policy, owner in ((Never(), SMALL), (Always(), BIG)):
         (trace,) = Offloader(small, big, policy, max_tokens=4).run([[50]])
