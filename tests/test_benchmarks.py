@@ -50,11 +50,12 @@ def test_names_read_their_rows(monkeypatch):
         problems.load("math500")
 
 
-def test_a_copy_of_a_set(real_data):
-    some = problems.load(f"math500:{real_data}/math500_a.jsonl", 20, seed=1)
+def test_a_copy_of_a_set(texts_folder):
+    some = problems.load(f"math500:{texts_folder}/math500_a.jsonl", 20, seed=1)
     assert len(some) == 20 and all("level" in p.meta for p in some)
-    all_of_it = problems.load(Source(path=f"gsm8k:{real_data}/gsm8k_a.jsonl", prompt="base"))
-    assert len(all_of_it) == 659 and all(p.prompt.startswith("Question: ") for p in all_of_it)
+    all_of_it = problems.load(Source(path=f"gsm8k:{texts_folder}/gsm8k_a.jsonl", prompt="base"))
+    lines = (texts_folder / "gsm8k_a.jsonl").read_text().splitlines()
+    assert len(all_of_it) == len(lines) >= 60 and all(p.prompt.startswith("Question: ") for p in all_of_it)
     assert all(p.answer.lstrip("-").replace(".", "").isdigit() for p in all_of_it)
 
 

@@ -4,15 +4,19 @@ import json
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
 import pytest
 
 from srlib import SrlibError
-from srlib.data import arith
-from srlib.data.rows import read_jsonl
+from srlib.data import arith, spans
+from srlib.data.grade import Grade
+from srlib.data.rows import Problem, read_jsonl
 from srlib.decoding.policies import Learned, Never, Policy, Random
 from srlib.engine.transformers import TransformersEngine
-from srlib.evaluation import completions, counterfactual, stats
+from srlib.evaluation import completions, counterfactual
 from srlib.params import Arith, Offload
+from tests.test_offload import Scripted
+from tests.test_policies import Speaks
 
 
 @pytest.fixture
@@ -24,12 +28,20 @@ def without_time(records):
     return [{key: value for key, value in r.items() if key != "seconds"} for r in records]
 
 
-def test_a_row_of_results(engines, problems):
+def test_a_row_of_results(engines, problems, monkeypatch):
+    graded = []
+
+    def verdict(text, problem, hint):  # an untrained model is never right: the n-th problem is, n times of three
+        graded.append(problem.id)
+        return Grade(graded.count(problem.id) <= problems.index(problem) % 4, str(graded.count(problem.id)), "")
+
+    monkeypatch.setattr(completions, "verdict", verdict)
     config = Offload(max_tokens=20, temperature=1.0)
     row, kept = completions.run(*engines, Learned(), problems, config, dataset="arith", samples=3)
     assert len(kept) == 30
     assert (row["n_problems"], row["samples_per_problem"], row["max_tokens"]) == (10, 3, 20)
-    assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
+    assert row["accuracy"] == pytest.approx((2 * (0 + 1 + 2 + 3) + 0 + 1) / 30)  # ten problems: 0, 1, 2, 3, 0, 1, …
+    assert row["ci95"][0] < row["accuracy"] < row["ci95"][1]
     assert len({r["text"] for r in kept if r["id"] == problems[0].id}) > 1  # three samples, three seeds
     assert row["offload_share"] == sum(r["big_tokens"] for r in kept) / sum(
         r["big_tokens"] + r["small_tokens"] for r in kept
@@ -37,8 +49,19 @@ def test_a_row_of_results(engines, problems):
     assert all(len(r["owners"]) <= 20 for r in kept)
     assert row["truncated_share"] == sum(r["finish"] != "eos" for r in kept) / 30
     assert row["handovers"] == sum(len(r["handovers"]) for r in kept) / 30
-    assert row["pass@3"] == stats.pass_at(kept, 3).value and 0 <= row["maj@3"] <= row["pass@3"]
-    assert row["share_quartiles"][0] <= row["share_quartiles"][1] <= row["share_quartiles"][2]
+    assert row["pass@3"] == pytest.approx(7 / 10)  # all but those that were never right
+    assert row["maj@3"] == pytest.approx((2 * (0 + 1 / 3 + 1 + 1) + 0 + 1 / 3) / 10)  # one right of three: a draw
+    shares = [
+        sum(r["big_tokens"] for r in rs) / sum(r["big_tokens"] + r["small_tokens"] for r in rs)
+        for rs in (kept[i : i + 3] for i in range(0, 30, 3))
+    ]
+    assert row["share_quartiles"] == pytest.approx(list(np.quantile(shares, (0.25, 0.5, 0.75))))
+    assert row["small_forward_tokens"] == engines[0].counters.forward_tokens <= row["least_small_forward_tokens"]
+    assert row["big_forward_tokens"] == engines[1].counters.forward_tokens <= row["least_big_forward_tokens"]
+    assert row["least_small_forward_tokens"] == sum(r["prompt_tokens"] + len(r["owners"]) for r in kept)
+    asked = [r for r in kept if r["handovers"]]
+    read = sum(r["prompt_tokens"] + len(r["owners"]) - r["text"].count("bigmodel>") for r in asked)
+    assert row["least_big_forward_tokens"] == read < row["least_small_forward_tokens"] and len(asked) < 30
 
 
 class Killed(BaseException):
@@ -130,3 +153,41 @@ def test_every_request_is_refused_once(engines, problems, temperature):
     table = counterfactual.table(rows)
     assert table["n"].item() == len(rows)
     assert counterfactual.table(rows, "request")["n"].sum() == len(rows)
+
+
+class Says(Speaks):
+    """Writes the first of some texts that goes on from what it has read."""
+
+    def __init__(self, tokenizer, texts):
+        Scripted.__init__(self, tokenizer, None)
+        self.eos, self.texts = {tokenizer.eos_token_id}, texts
+
+    def next(self, ids):
+        said = self.tokenizer.decode(ids)
+        rest = next((text.removeprefix(said) for text in self.texts if text.startswith(said)), "")
+        return self.tokenizer.encode(rest)[0] if rest else self.tokenizer.eos_token_id
+
+
+def test_needed_useless_and_harmful_requests(tokenizer):
+    """The prompt decides which of the two models knows the answer; only what is known by one alone makes a difference."""
+    known = {"1+1?": ("3", "2"), "2+2?": ("5", "4"), "3+3?": ("6", "6"), "4+4?": ("1", "1"), "5+4?": ("9", "8")}
+    golds = {"1+1?": "2", "2+2?": "4", "3+3?": "6", "4+4?": "8", "5+4?": "9"}
+    said = [f"{x}\\boxed{{{spans.OPEN}{own}{spans.CLOSE}}}" for x, both in known.items() for own in both]
+    small = Says(tokenizer, said)  # left alone it says the first of the two
+    big = Says(tokenizer, [f"{x}\\boxed{{{big}" for x, (_, big) in known.items()])
+    problems = [Problem(id=x, prompt=x, answer=gold) for x, gold in golds.items()]
+    config = Offload(max_tokens=40, span_budget=1)
+    _, records = completions.run(small, big, Learned(), problems, config, dataset="made")
+    assert [(r["answer"], r["correct"]) for r in records] == [
+        ("2", True), ("4", True), ("6", True), ("1", False), ("8", False)
+    ]  # fmt: skip
+    rows = counterfactual.run(small, big, Learned(), problems, records, config)
+    assert [(row["id"], row["big"], row["small"], row["verdict"]) for row in rows] == [
+        ("1+1?", "2", "3", "needed"),
+        ("2+2?", "4", "5", "needed"),
+        ("3+3?", "6", "6", "useless"),
+        ("4+4?", "1", "1", "useless"),
+        ("5+4?", "8", "9", "harmful"),
+    ]
+    line = counterfactual.table(rows).iloc[0]
+    assert [line[name].partition(" ")[0] for name in ("needed", "useless", "harmful")] == ["40.0%", "40.0%", "20.0%"]

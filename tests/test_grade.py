@@ -112,23 +112,24 @@ def test_integers_need_no_worker(a, b):
     assert equal._state.started == started
 
 
-HOSTILE = {
-    "huge power": "\\boxed{9^{9^{9^{9}}}}",
-    "huge factorial": "\\boxed{(10^{9})!}",
-    "unbalanced": "\\boxed{" * 5000 + "}" * 10 + "{" * 5000,
-    "long": "\\boxed{" + "\\frac{1}{x+" * 8000 + "1" + "}" * 8000 + "}",
-    "100 kB without an end": "\\sqrt{" * 17_000,
-    "several boxes": "\\boxed{1}" * 10_000,
-    "a box in the hint": "Please put the answer in \\boxed{7}",
-    "deep": "\\boxed{" + "(" * 400 + "x" + ")" * 400 + "}",
-    "control characters": "\\boxed{\x00\x07\\\\\n}",
+HOSTILE = {  # and the reasons that may be given
+    "huge power": ("\\boxed{9^{9^{9^{9}}}}", (equal.TIME,)),
+    "huge factorial": ("\\boxed{(10^{9})!}", (equal.TIME,)),
+    "unbalanced": ("\\boxed{" * 5000 + "}" * 10 + "{" * 5000, ("empty box",)),
+    "long": ("\\boxed{" + "\\frac{1}{x+" * 8000 + "1" + "}" * 8000 + "}", ("too long for an answer",)),
+    "100 kB without an end": ("\\sqrt{" * 17_000, ("no boxed answer",)),
+    "several boxes": ("\\boxed{1}" * 10_000, ("another number",)),
+    "a box in the hint": ("Please put the answer in \\boxed{7}", ("no boxed answer",)),
+    "deep": ("\\boxed{" + "(" * 400 + "x" + ")" * 400 + "}", (equal.TIME, equal.UNREADABLE, equal.DIFFERS)),
+    "control characters": ("\\boxed{\x00\x07\\\\\n}", (equal.UNREADABLE,)),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_completions_end_with_a_reason(name, monkeypatch):
-    verdict = grade("</think>" + HOSTILE[name], "7", prompt="7? Please put the answer in \\boxed{7}")
-    assert not verdict.correct and verdict.reason
+def test_hostile_completions_end_with_a_reason(name):
+    text, reasons = HOSTILE[name]
+    verdict = grade("</think>" + text, "7", prompt="7? Please put the answer in \\boxed{7}")
+    assert not verdict.correct and verdict.reason in reasons
     assert grade("\\boxed{1+x}", "x+1").correct  # the next one is graded as ever
 
 
@@ -148,9 +149,9 @@ def _worker() -> int:
 
 def test_the_time_limit_ends_what_does_not_end():
     """A worker that computes for ever is ended by the system, here after a fifth of a second."""
-    code = "from srlib import equal; equal.LIMIT = 0.2; equal._verdict = lambda g, a: g == '1' or exec('while 1: 0')"
+    endless = "equal.LIMIT = 0.2; equal._verdict = lambda g, a: g == '1' or exec('while 1: 0')"
     worker = equal._Worker()
-    script = [sys.executable, "-c", f"{code}; equal._serve()"]
+    script = [sys.executable, "-c", f"from srlib.data import equal; {endless}; equal._serve()"]
     worker.process = subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     assert worker._line(None) == b'"ready"\n'
     assert worker.ask("7", "8") == equal.TIME
@@ -177,7 +178,7 @@ def test_other_processes_have_workers_of_their_own(method):
 
 @pytest.mark.parametrize("end", ["", "import os; os.kill(os.getpid(), 9)"])
 def test_no_worker_outlives_the_process_that_asked(end):
-    code = f"from srlib import equal; equal.compare('a', 'b'); print(equal._state.process.pid, flush=True); {end}"
+    code = f"from srlib.data import equal; equal.compare('a', 'b'); print(equal._state.process.pid, flush=True); {end}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     pid = int(done.stdout)
     deadline = time.monotonic() + 60
@@ -219,8 +220,13 @@ def disguises(gold):
     )
 
 
-def test_maths_answers(real_data):
-    golds = [json.loads(line)["answer"] for line in (real_data / "math500_a.jsonl").open()]
+def answers(path):
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line)["answer"] for line in lines]
+
+
+def test_maths_answers(texts_folder):
+    golds = answers(texts_folder / "math500_a.jsonl")
     right = [
         grade(f"<think>\\boxed{{0}}?</think>So it is\n\\[\\boxed{{{x}}}\\]", gold).correct
         for gold in golds
@@ -229,11 +235,11 @@ def test_maths_answers(real_data):
     assert len(right) == 4 * len(golds) and sum(right) >= 0.995 * len(right)
     others = [(a, b) for a, b in zip(golds, [*golds[1:], golds[0]]) if a != b]
     wrong = [grade(f"</think>\\boxed{{{a}}}", b).correct for a, b in others]
-    assert len(wrong) > 200 and sum(wrong) <= 0.005 * len(wrong)
+    assert len(wrong) > 0.8 * len(golds) >= 40 and sum(wrong) <= 0.005 * len(wrong)
 
 
-def test_gsm8k_answers(real_data):
-    golds = [json.loads(line)["answer"] for line in (real_data / "gsm8k_a.jsonl").open()]
+def test_gsm8k_answers(texts_folder):
+    golds = answers(texts_folder / "gsm8k_a.jsonl")
     numbers = [gold.rpartition("#### ")[2] for gold in golds]
     started = equal._state.started
     for write in (
@@ -243,8 +249,8 @@ def test_gsm8k_answers(real_data):
         "</think>\\boxed{{{}.00}}",
     ):
         right = [grade(write.format(n), gold).correct for n, gold in zip(numbers, golds)]
-        assert len(right) == 659 and sum(right) >= 0.995 * len(right)
+        assert len(right) == len(golds) and sum(right) >= 0.995 * len(right)
     pairs = list(zip(numbers, golds[1:] + golds[:1], numbers[1:] + numbers[:1]))
     wrong = [grade(f"</think>\\boxed{{{n}}}", gold).correct for n, gold, own in pairs if n != own]
-    assert len(wrong) > 600 and sum(wrong) <= 0.005 * len(wrong)
+    assert len(wrong) > 0.9 * len(golds) >= 50 and sum(wrong) <= 0.005 * len(wrong)
     assert equal._state.started == started  # none of this needs the worker

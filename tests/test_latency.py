@@ -141,7 +141,44 @@ def test_a_data_sheet_comes_near_the_papers_table():
     assert speed.big.decode > speed.small.decode
 
 
-def test_measured_costs_have_no_negative_part(engines):
+class Timed:
+    """An engine whose passes take known seconds of its own clock; at every fiftieth, `hiccup` more."""
+
+    slots = 64
+
+    def __init__(self, fixed, each, token, hiccup=0.0):
+        self.cost, self.hiccup, self.now, self.passes = (fixed, each, token), hiccup, 0.0, 0
+
+    def open(self, ids):
+        return ids
+
+    def close(self, sequence):
+        pass
+
+    def run(self, *requests):
+        """What is fed goes into the first pass; each further token takes one more."""
+        fed = sum(len(request.feed) or 1 for request in requests)
+        for tokens in [fed, *[len(requests)] * (requests[0].max_new - 1)]:
+            fixed, each, token = self.cost
+            self.passes += 1
+            self.now += fixed + each * len(requests) + token * tokens + self.hiccup * (self.passes % 50 == 0)
+
+
+@pytest.mark.parametrize("known", [(3e-3, 2e-4, 5e-5), (1e-3, 0.0, 1e-4), (0.0, 1e-3, 0.0)])
+def test_measuring_finds_the_costs_that_an_engine_has(known):
+    engine = Timed(*known)
+    cost = costs.measure(engine, clock=lambda: engine.now)
+    assert (cost.fixed, cost.each, cost.token) == pytest.approx(known, abs=1e-9)
+    assert cost.seconds(4, 16) == pytest.approx(known[0] + 4 * known[1] + 16 * known[2])
+
+
+def test_a_median_keeps_hiccups_out_of_the_costs():
+    engine = Timed(3e-3, 2e-4, 5e-5, hiccup=1.0)
+    cost = costs.measure(engine, reads=(1, 8, 32), clock=lambda: engine.now)
+    assert (cost.fixed, cost.each, cost.token) == pytest.approx((3e-3, 2e-4, 5e-5), rel=1e-6)
+
+
+def test_the_costs_of_a_real_engine_have_no_negative_part(engines):
     cost = costs.measure(engines[0], batches=(1, 4), reads=(1, 4), repeats=1)
     assert min(cost.fixed, cost.each, cost.token) >= 0
     assert cost.seconds(4, 16) >= cost.seconds(1, 1) > 0
@@ -152,7 +189,9 @@ def test_check_compares_prediction_and_clock(engines, prompts):
     rows = latency.check(*engines, prompts[:4], {"max_tokens": 16}, policies, batches=(1, 4), repeats=1)
     assert [(r["batch"], r["policy"]) for r in rows] == [(b, p.name) for b in (1, 4) for p in policies]
     assert all(r["measured_s"] > 0 and r["predicted_s"] > 0 for r in rows)
-    assert all(r["lowest"] <= r["ratio"] <= r["highest"] for r in rows)
+    for r in rows:  # of one repeat, all three are the same
+        assert r["lowest"] == r["ratio"] == r["highest"] == pytest.approx(r["predicted_s"] / r["measured_s"])
+        assert r["offload_share"] == 1 if r["policy"] == "big" else 0 < r["offload_share"] < 1
 
 
 def test_errors():

@@ -130,6 +130,12 @@ def test_bf16_of_the_32b_is_refused_on_24_gib_and_the_mend_mends(capsys):
             {"pair.big.quantization": "none", "offload.batch_size": 4},
             "offload.batch_size: 1, pair.big.quantization: nf4",
         ),
+        (
+            "node",
+            "04_offload",
+            {"hardware.gpu_gb": 16, "hardware.gpus": 5, "pair.big.tensor_parallel": 1, "pair.big.kv_cache_gb": 1},
+            "pair.big.quantization: fp8",
+        ),
         ("gpu24", "04_offload", {"hardware.gpu_gb": 4}, "smaller models"),
         ("node", "03_grpo", {"grpo.vllm_kv_cache_gb": 75}, "grpo.vllm_kv_cache_gb: 14.9"),
         ("node", "03_grpo", {"grpo.vllm_kv_cache_gb": 0.1}, "grpo.vllm_kv_cache_gb: 14.9"),

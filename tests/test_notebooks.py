@@ -27,13 +27,17 @@ def srlib(*arguments):
     )
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+@pytest.fixture(scope="session")
+def finished(once):
     """A complete smoke run: the folder that holds it, and what was printed."""
-    outputs = tmp_path_factory.mktemp("outputs")
-    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={outputs}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return outputs, done.stdout
+
+    def run(outputs):
+        done = srlib("run", "params/smoke.yaml", "--set", f"outputs={outputs}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.with_suffix(".txt").write_text(done.stdout)
+
+    outputs = once("finished", run)
+    return outputs, outputs.with_suffix(".txt").read_text()
 
 
 @pytest.fixture

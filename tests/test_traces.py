@@ -56,12 +56,20 @@ def test_tags_that_a_set_has_either_way_they_close(tokenizer):
 def test_the_controls(engines, pair, tokenizer):
     small, _ = engines
     asked = [Problem(id=str(i), prompt="3+4?", answer="7", trace=f"3+4=7;{i}*7=21;20-7=13;" * 3) for i in range(40)]
-    config = Annotate(method="random", share=0.2, max_share=0.4, threshold=1.0, max_span_tokens=4)
+    config = Annotate(method="random", share=0.2, max_share=0.4, threshold=1.0, max_span_tokens=4, merge_gap=0)
     drawn = list(annotators.random(asked, config, tokenizer, seed=1))
     assert drawn == list(annotators.random(asked, config, tokenizer, seed=1))
     assert drawn != list(annotators.random(asked, config, tokenizer, seed=2))
-    assert 0.15 < sum(row.share for row in drawn) / 40 <= 0.4  # whole numbers: a little more than was asked for
-    for row in annotators.entropy(small, asked[:3], config):
+    for row in drawn:  # what was asked for, and the rest of the numbers that are marked as a whole
+        wanted, marked = int(0.2 * len(row.trace)), {i for span in row.spans for i in range(*span)}
+        rest = sum(i - 1 in marked and row.trace[i - 1 : i + 1].isdigit() for i in marked)
+        assert len(marked) - rest <= wanted <= len(marked) == round(row.share * len(row.trace))
+    words = [x.model_copy(update={"trace": "so a(b)=c;" * 9 + "e" * i}) for i, x in enumerate(asked)]
+    for row in annotators.random(words, config, tokenizer, seed=1):
+        assert row.share == int(0.2 * len(row.trace)) / len(row.trace)  # without numbers exactly that
+    unsure = list(annotators.entropy(small, asked[:3], config))
+    assert all(row.spans for row in unsure)
+    for row in unsure:
         ids = tokenizer.encode("3+4?") + tokenizer.encode(row.trace)
         with torch.no_grad():
             logprobs = pair[0](torch.tensor([ids])).logits[0, -len(row.trace) - 1 : -1].log_softmax(-1)

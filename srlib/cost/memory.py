@@ -328,7 +328,7 @@ def _knobs(p: Params, stage: str) -> Iterator[tuple[str, list[Any]]]:
     yield at_once, down(p.grpo.rollouts_at_once if "grpo" in at_once else p.offload.batch_size, 1)
     for side in ("big", "small"):
         if side in held and held[side].spec.quantization == "none":
-            yield f"pair.{side}.quantization", ["nf4"]
+            yield f"pair.{side}.quantization", ["fp8" if held[side].spec.engine == "vllm" else "nf4"]
     yield "offload.max_tokens", down(p.offload.max_tokens, 256)
     if stage in ("01_annotate", "02_sft"):
         yield "sft.max_length", down(p.sft.max_length, 256)

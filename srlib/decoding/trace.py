@@ -60,6 +60,16 @@ class Trace:
         """Prompt and trace, every token once: what one model cannot do without to write it all."""
         return len(self.prompt_ids) + len(self.ids)
 
+    @property
+    def least_small_forward_tokens(self) -> int:
+        """What the small model cannot do without: all of it, tags included; where it wrote nothing, nothing."""
+        return self.least_forward_tokens if SMALL in self.owners else 0
+
+    @property
+    def least_big_forward_tokens(self) -> int:
+        """What the big model cannot do without: all but the tags, in the small one's tokens; nothing, if never asked."""
+        return len(self.prompt_ids) + self.small_tokens + self.big_tokens if BIG in self.owners else 0
+
     def text(self, tokenizer) -> str:
         """The trace without tags."""
         return spans.strip(tokenizer.decode(spans.strip(self.ids, self.tags), skip_special_tokens=True))

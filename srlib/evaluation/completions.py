@@ -123,7 +123,8 @@ def summarise(policy: str, dataset: str, max_tokens: int, records: Sequence[dict
     return row
 
 
-FORWARD = ("small_forward_tokens", "big_forward_tokens", "least_forward_tokens")
+SIDES = ("small_forward_tokens", "big_forward_tokens")
+FORWARD = (*SIDES, "least_forward_tokens", *(f"least_{side}" for side in SIDES))  # processed, and what had to be
 
 
 def difficulty(problem: Problem) -> str | None:

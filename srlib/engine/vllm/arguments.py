@@ -16,10 +16,15 @@ def arguments(spec: ModelSpec, path: str, slots: int, lora: str | None, cpu: boo
     """The settings of a spec as vLLM's engine arguments.
 
     Raises:
-        SrlibError: the weights are not quantised in the way the spec says.
+        SrlibError: vLLM does not quantise in the way the spec says, or the weights are not quantised in that way.
     """
     from transformers import AutoConfig
 
+    if spec.quantization in ("nf4", "int8"):
+        raise SrlibError(
+            f"quantization is {spec.quantization}, which vLLM does not have; "
+            "set it to awq, gptq or fp8, or engine to transformers."
+        )
     config = AutoConfig.from_pretrained(path)
     if spec.quantization in ("awq", "gptq") and not getattr(config, "quantization_config", None):
         raise SrlibError(f"quantization is {spec.quantization}, but the weights of {path} are not quantised.")
@@ -28,7 +33,7 @@ def arguments(spec: ModelSpec, path: str, slots: int, lora: str | None, cpu: boo
         "skip_tokenizer_init": True,
         "dtype": ("float32" if cpu else "bfloat16") if spec.dtype == "auto" else spec.dtype,
         # awq and gptq weights say so themselves; vLLM then takes the fastest kernel for them.
-        "quantization": {"nf4": "bitsandbytes", "fp8": "fp8"}.get(spec.quantization),
+        "quantization": "fp8" if spec.quantization == "fp8" else None,
         "tensor_parallel_size": spec.tensor_parallel,
         "pipeline_parallel_size": spec.pipeline_parallel,
         "distributed_executor_backend": "ray" if spec.ray else None,
