@@ -28,10 +28,7 @@ clean:
 	find outputs -mindepth 1 -maxdepth 1 ! -name reference ! -name README.md -exec rm -rf {} +
 	find srlib tests -name __pycache__ -prune -exec rm -rf {} +
 
-# torch first: the rest then takes the build that is there.
-.venv/installed: pyproject.toml
-	@echo "Filling .venv, once: one to a few minutes"
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq torch==2.13.0
-	@$(BIN)/python -m pip install -qq --editable .[dev]
+.venv/installed: pyproject.toml .ci/install.py
+	@echo "Filling .venv, once: half a minute to a few minutes"
+	@$(PYTHON) .ci/install.py .venv --editable .[dev]
 	@touch $@

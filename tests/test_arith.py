@@ -66,18 +66,3 @@ def test_step_accuracy_counts_an_error_where_it_is_made():
     counts = arith.step_accuracy(trace, "<think>2*3=5;5+1=6;</think>\\boxed{6}")
     assert counts == {"+": (1, 1), "-": (0, 0), "*": (0, 1)}
     assert arith.step_accuracy(trace, "nonsense;")["+"] == (0, 0)
-
-
-def test_training_learns_something(tmp_path):
-    config = Arith(
-        min_steps=1, max_steps=2, small={"train_steps": 30}, big={"train_steps": 1, "num_attention_heads": 1}
-    )
-    losses = arith_pair.make_pair(config, 0, tmp_path)
-    assert len(losses["small"]) == 30
-    assert sum(losses["small"][-5:]) < 0.7 * sum(losses["small"][:5])
-    weights = tmp_path / "small" / "model.safetensors"
-    made = weights.stat().st_mtime_ns
-    assert arith_pair.make_pair(config, 0, tmp_path) == losses  # kept, not trained again
-    assert weights.stat().st_mtime_ns == made
-    arith_pair.make_pair(config.model_copy(update={"batch_size": 8}), 0, tmp_path)
-    assert weights.stat().st_mtime_ns > made
