@@ -32,18 +32,17 @@ def test_bench_measures_every_policy_on_the_same_prompts(apart, pair, tokenizer,
     file.write_text(
         f"""run: tiny
 outputs: {tmp_path}
-pair: {{small: {{path: {tmp_path}/small}}, big: {{path: {tmp_path}/big}}}}
+pair: {{small: {{path: {tmp_path}/small}}, big: {{path: {tmp_path}/big, process: {apart}}}}}
 data: {{test: {tmp_path}/test.jsonl}}
-bench:
-  {{batch_sizes: [1, 4], repeats: 1, max_tokens: 12, random_share: 0.5, random_chunk: 2, big_process: {apart},
-    pipelined: {{stream_chunk: 3, oversubscribe: 0.5}}}}
+offload: {{oversubscribe: 0.5}}
+bench: {{batch_sizes: [1, 4], repeats: 1, max_tokens: 12, random_share: 0.5, random_chunk: 2}}
 """
     )
     assert main(["bench", str(file)]) == 0
     assert "efficiency" in capsys.readouterr().out
     result = json.loads((tmp_path / "tiny" / "bench.json").read_text())
     rows = {(r["batch"], r["policy"]): r for r in result["rows"]}
-    names = ("small", "big", "learned", "random", "speculative", "learned, pipelined", "random, pipelined", "generate")
+    names = ("small", "big", "learned", "random", "speculative", "generate")
     assert set(rows) == {(batch, name) for batch in (1, 4) for name in names}
     for (batch, name), row in rows.items():
         if name in ("learned", "random", "speculative"):  # what both models alone would have taken for these tokens
@@ -58,14 +57,10 @@ bench:
         if name in ("big", "speculative"):
             tokens = row["small_tokens"] + row["big_tokens"]
             assert tokens == rows[batch, "big"]["big_tokens"]
-        if name.endswith("pipelined"):
-            assert row["big_tokens"] == rows[batch, name.removesuffix(", pipelined")]["big_tokens"]
-            assert row["big_read"] >= rows[batch, name.removesuffix(", pipelined")]["big_read"]
-        assert row["under_way"] == ({1: 2, 4: 6}[batch] if name.endswith("pipelined") else batch)
+        assert row["under_way"] == (batch if name == "generate" else {1: 2, 4: 6}[batch])
         if name != "generate":
             shares = [row[key] for key in ("small_share", "big_share", "controller_share", "idle_share")]
-            beside = apart and name.endswith("pipelined")  # there the big model works at the same time
-            if beside:
+            if apart:  # the big model works at the same time
                 assert sum(shares) - row["big_share"] <= 1.001
             else:  # no second is counted twice, and none is lost
                 assert sum(shares) == pytest.approx(1, abs=1e-3)
