@@ -58,9 +58,13 @@ def test_a_row_of_results(engines, problems, monkeypatch):
     assert row["share_quartiles"] == pytest.approx(list(np.quantile(shares, (0.25, 0.5, 0.75))))
     assert row["small_forward_tokens"] == engines[0].counters.forward_tokens <= row["least_small_forward_tokens"]
     assert row["big_forward_tokens"] == engines[1].counters.forward_tokens <= row["least_big_forward_tokens"]
+    assert row["big_forward_tokens"] > 0.8 * row["least_big_forward_tokens"]  # twice would be seen
     assert row["least_small_forward_tokens"] == sum(r["prompt_tokens"] + len(r["owners"]) for r in kept)
     asked = [r for r in kept if r["handovers"]]
-    read = sum(r["prompt_tokens"] + len(r["owners"]) - r["text"].count("bigmodel>") for r in asked)
+    read = sum(r["prompt_tokens"] for r in asked)
+    for r in asked:  # up to the last token of the big model, without tags
+        upto = engines[0].tokenizer.encode(r["text"])[: r["owners"].rindex("B") + 1]
+        read += sum(token < 98 for token in upto)
     assert row["least_big_forward_tokens"] == read < row["least_small_forward_tokens"] and len(asked) < 30
 
 

@@ -67,8 +67,11 @@ class Trace:
 
     @property
     def least_big_forward_tokens(self) -> int:
-        """What the big model cannot do without: all but the tags, in the small one's tokens; nothing, if never asked."""
-        return len(self.prompt_ids) + self.small_tokens + self.big_tokens if BIG in self.owners else 0
+        """What the big model cannot do without: all up to its last token but the tags, in tokens of the small one."""
+        if not self.handovers:
+            return 0
+        end = self.handovers[-1].start + self.handovers[-1].tokens
+        return len(self.prompt_ids) + len(spans.strip(self.ids[:end], self.tags))
 
     def text(self, tokenizer) -> str:
         """The trace without tags."""
