@@ -66,11 +66,10 @@ class TransformersEngine:
         self._heads = np.arange(config.num_attention_heads).reshape(config.num_key_value_heads, -1)
         self._query_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._query_size *= config.num_attention_heads
-        self._made_already = torch.empty(1, 1, 1, 1, device=self.model.device)  # a mask that nobody reads: see `slots`
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+        # Asked once: transformers goes through the modules for each of these.
+        self.device, self._dtype = self.model.device, self.model.dtype
+        self._decoder, self._head = self.model.get_decoder(), self.model.get_output_embeddings()
+        self._made_already = torch.empty(1, 1, 1, 1, device=self.device)  # a mask that nobody reads: see `slots`
 
     def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
         """Give a sequence a slot; nothing is computed yet.
@@ -169,14 +168,14 @@ class TransformersEngine:
         ids = torch.tensor([s + [s[-1]] * (longest - len(s)) for s in sequences], device=self.device)  # (B, T)
         width = max(1, SCORE_TOKENS // len(sequences))
         cache = DynamicCache(config=self.model.config) if longest > width else None
-        head, values = self.model.get_output_embeddings(), []
+        values = []
         for chunk, after in zip(ids.split(width, 1), ids.roll(-1, 1).split(width, 1)):  # (B, W)
-            hidden = self.model.get_decoder()(
+            hidden = self._decoder(
                 input_ids=chunk, past_key_values=cache, use_cache=cache is not None
             ).last_hidden_state  # (B, W, E)
             flat = hidden.flatten(0, 1).split(SCORE_POSITIONS), after.flatten().split(SCORE_POSITIONS)
             # some places at a time: the logits of all would be larger than the model
-            reduced = [reduce(head(h).float().log_softmax(-1), i) for h, i in zip(*flat)]
+            reduced = [reduce(self._head(h).float().log_softmax(-1), i) for h, i in zip(*flat)]
             values.append(torch.cat(reduced).view(after.shape))
             self.counters.calls += 1
         self.counters.forward_tokens += sum(map(len, sequences))
@@ -199,10 +198,10 @@ class TransformersEngine:
         cache.reserve(int(fresh.positions.max()) + 1)
         groups: Row | Groups
         if Row.fits(fresh):
-            groups = Row(fresh, self._heads, device, self.model.dtype)
+            groups = Row(fresh, self._heads, device, self._dtype)
         else:
-            groups = Groups(fresh, self._alike(fresh), self._heads, device, self.model.dtype)
-        hidden = self.model.get_decoder()(
+            groups = Groups(fresh, self._alike(fresh), self._heads, device, self._dtype)
+        hidden = self._decoder(
             input_ids=torch.tensor([fresh.ids], device=device),
             attention_mask=self._made_already,
             position_ids=positions[None],
@@ -212,7 +211,7 @@ class TransformersEngine:
         ).last_hidden_state[0]  # (N, E)
         if len(fresh.wanted) < len(fresh.ids):
             hidden = hidden[torch.as_tensor(fresh.wanted, device=device)]  # (W, E)
-        passed = _Pass(self.model.get_output_embeddings()(hidden).float())  # (W, V)
+        passed = _Pass(self._head(hidden).float())  # (W, V)
         for s, new, at in zip(sequences, fresh.counts.tolist(), fresh.answers.tolist()):
             request = asking.get(id(s))
             if request:
