@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,16 @@ class Journal:
 
     The lock is the system's, on the open file: it ends with the process, however that ends.
 
+    Args:
+        every: seconds between two waits for the disk. A process that is killed loses nothing whatever they are; a
+            machine that loses its power loses what was written since.
+
     Raises:
         SrlibError: another process has it open, or a line in its middle is no record.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, every: float = 0.0) -> None:
+        self.path, self._every, self._synced = Path(path), every, time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b", buffering=0)
         try:
@@ -44,11 +50,13 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # of a full disk `append` has told
+            os.fsync(self._file.fileno())
         self._file.close()
 
     def append(self, *records: dict[str, Any]) -> None:
-        """Write records, all of them to the disk when this returns, or none.
+        """Write records, all of them or none; on the disk when this returns, unless there is time for it (`every`).
 
         Raises:
             SrlibError: the disk is full, or cannot be written.
@@ -58,7 +66,9 @@ class Journal:
         try:
             while data:
                 data = data[self._file.write(data) :]
-            os.fsync(self._file.fileno())
+            if time.monotonic() >= self._synced + self._every:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
         except OSError as error:
             os.ftruncate(self._file.fileno(), size)  # half a record is none
             raise SrlibError(

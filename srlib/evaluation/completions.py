@@ -65,7 +65,7 @@ def run(
         return f"{digest}:{problem.id}:{number}"
 
     all_ = [(problem, n) for problem in problems for n in range(samples)]
-    with Journal(file) if file else nullcontext() as journal:
+    with Journal(file, every=1.0) if file else nullcontext() as journal:
         done = journal.records if journal else {}
         asked = [(problem, n) for problem, n in all_ if name(problem, n) not in done]
         last = time.perf_counter()
