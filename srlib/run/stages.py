@@ -1,16 +1,22 @@
-"""The stages: what each notebook depends on, and the artefacts between them."""
+"""The stages: what each notebook depends on, and the artefacts between them.
+
+`--help` names the stages, so what takes time to import is imported where an artefact is looked at.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from srlib import SrlibError, engine
-from srlib.data import problems
-from srlib.params.paths import ROOT
-from srlib.params.run import Params
-from srlib.params.stages import Source
+from srlib import SrlibError
+
+if TYPE_CHECKING:
+    from srlib.params.run import Params
+    from srlib.params.stages import Source
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class Artefact:
 
 
 def artefacts(p: Params) -> dict[str, Artefact]:
+    from srlib import engine
+    from srlib.data import problems
     from srlib.data.rows import Annotated, read_jsonl
 
     results = p.where("05_evaluate") / "results.json"
@@ -111,12 +119,11 @@ def artefacts(p: Params) -> dict[str, Artefact]:
 
 
 def _readable(source: Source) -> None:
+    from srlib.data import problems
+
     problems.load(source, None if source.file else 1)  # of a data set on the hub one row will do
 
 
 def _there(path: Path) -> None:
     if not path.is_file():
         raise SrlibError(f"There is no {path.name} in {path.parent}.")
-
-
-NOTEBOOKS = ROOT / "notebooks"
