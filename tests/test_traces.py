@@ -102,7 +102,7 @@ def test_traces_that_the_big_model_writes_are_kept_if_right(engines, tmp_path, m
         graded.append(problem)
         return type("Grade", (), {"correct": len(graded) % 3 == 0})
 
-    monkeypatch.setattr(traces.benchmarks, "verdict", verdict)
+    monkeypatch.setattr(traces.grade, "verdict", verdict)
     config, offload = Annotate(tries=3, temperature=1.0), Offload(max_tokens=200, batch_size=4)
     with Journal(tmp_path / "w.journal.jsonl") as journal:
         written, dropped = traces.write(big, asked, config, offload, 0, journal)

@@ -7,7 +7,6 @@ the first right one is taken; a row without what is needed is dropped, and its r
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from srlib import SrlibError
-from srlib.data import benchmarks, grade, problems, spans
+from srlib.data import benchmarks, digests, grade, problems, spans
 from srlib.data.journal import Journal
 from srlib.data.rows import Problem, read_jsonl
 from srlib.decoding.policies import Always
@@ -70,10 +69,10 @@ def gather(p: Params, folder: Path, big=None) -> tuple[list[Problem], Counter[st
     config = p.annotate
     found, dropped = load(p.traces, config.n_traces, p.seed, worked=not config.tries)
     if config.tries:
-        decides = [p.big.model_dump(), p.offload.settings, config.tries, config.temperature, p.seed]
-        name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+        # Not the code: a trace is right whatever wrote it.
+        decides = [digests.of_model(p.big), p.offload.settings, config.tries, config.temperature, p.seed]
         found = [problem.model_copy(update={"trace": None}) for problem in found]
-        with Journal(folder / f"written-{name}.journal.jsonl") as journal:
+        with Journal(folder / f"written-{digests.of(decides, 8)}.journal.jsonl") as journal:
             found, wrong = write(big, found, config, p.offload, p.seed, journal)
         dropped += wrong
         if not found:
