@@ -103,7 +103,20 @@ def test_only_what_changed_runs_again(copy):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("skipped") == len(OF_A_RUN) - 2
     assert "05_evaluate      done in" in done.stdout and "07_latency       done in" in done.stdout  # it reads 05's rows
+    assert "05_evaluate      runs: evaluate.random_shares changed ([0.2, 0.5] → [0.4])\n" in done.stdout
+    assert "07_latency       runs: results.json changed\n" in done.stdout
     assert "random_0.40" in done.stdout and "random_0.50" not in done.stdout
+
+
+def test_another_threshold_reads_no_trace_again(copy):
+    folder = copy / "smoke" / "01_annotate"
+    read = {file: file.read_bytes() for file in folder.glob("*.journal.jsonl")}
+    assert len(read) == 3  # of `gap` by either model, and of `entropy`
+    settings = ("--set", f"outputs={copy}", "--set", "annotate.threshold=0.5", "--until", "01_annotate")
+    done = srlib("run", "params/smoke.yaml", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "01_annotate      runs: annotate.threshold changed (0.05 → 0.5)\n" in done.stdout
+    assert {file: file.read_bytes() for file in folder.glob("*.journal.jsonl")} == read
 
 
 def test_a_failing_cell_ends_the_run(copy):
@@ -140,7 +153,35 @@ def test_a_killed_run_goes_on(copy):
     done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}")
     assert done.returncode == 0, done.stderr
     assert "02_sft           done in" in done.stdout and "01_annotate      unchanged" in done.stdout
+    assert "02_sft           runs: was killed\n" in done.stdout
     assert {r["state"] for r in json.loads(manifest.read_text())["stages"].values()} == {"complete"}
+
+
+def test_an_interrupted_run_is_stopped_and_goes_on(tmp_path):
+    """SIGINT, as Ctrl-C sends it, after some cells of a stage."""
+    settings = ["params/smoke.yaml", "--set", f"outputs={tmp_path}", "--until", "00_arith_pair"]
+    run = tmp_path / "smoke"
+    executed, manifest = run / "00_arith_pair" / "00_arith_pair.ipynb", run / "manifest.json"
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "srlib", "run", *settings],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 600
+    done = '"status": "completed"'  # of a cell, as papermill writes it down
+    while not (executed.is_file() and executed.read_text().count(done) >= 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    assert json.loads(manifest.read_text())["stages"]["00_arith_pair"]["state"] == "stopped"
+    outputs = [cell.outputs for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code"]
+    assert any(outputs) and not outputs[-1]  # it is there, as far as it came
+    done = srlib("run", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "00_arith_pair    runs: was stopped\n" in done.stdout and "00_arith_pair    done in" in done.stdout
+    assert json.loads(manifest.read_text())["stages"]["00_arith_pair"]["state"] == "complete"
 
 
 def test_a_killed_reinforcement_goes_on(copy):

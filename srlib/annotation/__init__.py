@@ -2,6 +2,7 @@
 
 - `traces`: the traces, given or written here
 - `annotators`: gap, entropy, random, given; a run of any of them
+- `readings`: what models read of the traces, kept
 - `judge`: a language model is asked
 - `alignment`: quotes found again in a text
 - `agreement`: how far two annotators mark the same

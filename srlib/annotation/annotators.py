@@ -13,19 +13,17 @@ import json
 import random as random_numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from srlib import SrlibError
-from srlib.annotation import judge, traces
+from srlib.annotation import judge, readings, traces
 from srlib.annotation.alignment import Match, align, cover, units, why
-from srlib.data import spans
+from srlib.annotation.readings import Passage
+from srlib.data import digests, spans
 from srlib.data.journal import Journal
 from srlib.data.problems import told
-from srlib.data.prompts import encode_prompt, encode_prompts
+from srlib.data.prompts import encode_prompt
 from srlib.data.rows import Annotated, Problem, write_jsonl
 from srlib.data.spans import Span
 from srlib.engine.models import load_tokenizer
@@ -33,12 +31,13 @@ from srlib.params import Annotate, Params
 
 
 def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> tuple[list[Annotated], dict[str, Any]]:
-    """Annotate traces as the params say; what is done is on the disk at once, and is not done again.
+    """Annotate traces as the params say; what was asked or read is on the disk at once, and is not done again.
 
     Writes `annotated.jsonl` (a row a trace, the shortest first), `report.json`, and for a judge
-    `unaligned.jsonl`, the passages that were not found, each with its reason. The journal beside
-    them is named after all that decides what is in it, so other params do not meet it; a judge's
-    holds its answers, and how passages are found and kept may change without asking again.
+    `unaligned.jsonl`, the passages that were not found, each with its reason. The journals beside
+    them hold what a judge answered, or what models read of the traces (see `srlib.annotation.readings`).
+    Each is named after all that decides what is in it, so other params do not meet it, and how
+    marks are made of it may change without asking or reading again.
 
     Args:
         folder: of the stage's artefacts.
@@ -54,37 +53,22 @@ def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> 
     """
     config, tokenizer = p.annotate, small.tokenizer if small else load_tokenizer(p.small)
     report: dict[str, Any] = {"annotator": config.method, "traces": len(asked)}
-    with Journal(folder / f"{config.method}-{_digest(p)}.journal.jsonl") as journal:
-        if config.method == "judge":
-            expected = judge.estimate(asked, config, tokenizer)
-            print(
-                f"{len(asked)} traces: about {expected.prompt_tokens:,} tokens to read and "
-                f"{expected.completion_tokens:,} to write, cost {expected.cost(config.judge):.2f}"
-            )
-            judge.ask(_judge(p), asked, config, journal, expected)
-            report["estimate"] = vars(expected)
-        else:
-            _annotate(p, asked, tokenizer, small, big, journal)
-    rows, dropped, found = [], Counter(), []
-    for problem in sorted(asked, key=lambda problem: len(problem.trace)):
-        row = _row(problem, journal.records[traces.key(problem)], config, tokenizer, found)
+    if config.method == "judge":
+        made, took = _judged(p, folder, asked, tokenizer)
+    else:
+        made, took = _annotator(p, folder, config.method, tokenizer, small, big)(asked), {}
+    rows, dropped = [], Counter()
+    for row in made:
         if isinstance(row, Annotated):
             rows.append(row)
         else:
             dropped[row] += 1
     if not rows:
         raise SrlibError(f"No trace could be annotated: {told(dropped)}.")
+    rows.sort(key=lambda row: len(row.trace))
     write_jsonl(folder / "annotated.jsonl", rows)
     report |= {"annotated": len(rows), "dropped": dict(dropped.most_common())}
-    report["share"] = sum(row.share for row in rows) / len(rows)
-    if config.method == "judge":
-        usage = judge.Usage()
-        for problem in asked:
-            usage.add(journal.records[traces.key(problem)])
-        report |= {**vars(usage), "cost": usage.cost(config.judge)}
-        report["passages"] = dict(Counter(how for _, _, how in found).most_common())
-        lost = ({"id": id_, "snippet": snippet, "reason": how} for id_, snippet, how in found if how not in FOUND)
-        write_jsonl(folder / "unaligned.jsonl", lost)
+    report |= {"share": sum(row.share for row in rows) / len(rows), **took}
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     return rows, report
 
@@ -92,17 +76,21 @@ def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> 
 FOUND = ("word for word", "but for case and spaces", "by likeness")
 
 
-def compare(p: Params, asked: list[Problem | Annotated], small=None, big=None) -> dict[str, list[Annotated]]:
-    """What the annotators of `p.annotate.compare` mark in the same traces, by name."""
+def compare(
+    p: Params, folder: Path, asked: list[Problem | Annotated], small=None, big=None
+) -> dict[str, list[Annotated]]:
+    """What the annotators of `p.annotate.compare` mark in the same traces, by name; arguments as of `run`."""
     tokenizer = small.tokenizer if small else load_tokenizer(p.small)
     return {
-        name: list(_annotator(p, name, tokenizer, small, big)(asked))
+        name: list(_annotator(p, folder, name, tokenizer, small, big)(asked))
         for name in p.annotate.compare
         if name != p.annotate.method
     }
 
 
-def gap(small, big, problems: list[Problem], config: Annotate) -> Iterator[Annotated]:
+def gap(
+    small, big, problems: list[Problem], config: Annotate, files: tuple[Path | None, Path | None] = (None, None)
+) -> Iterator[Annotated]:
     """Mark the tokens with log p_big − log p_small > threshold (nats).
 
     Two prefills a trace, `config.batch_size` traces at a time. A number or a LaTeX command is
@@ -113,21 +101,23 @@ def gap(small, big, problems: list[Problem], config: Annotate) -> Iterator[Annot
     Args:
         small, big: engines of one vocabulary.
         problems: each with a worked trace.
+        files: in which what each of the two reads is kept; see `srlib.annotation.readings`.
 
     Raises:
         SrlibError: a problem has no trace, or the models do not share a vocabulary.
     """
     check_vocabularies(small.tokenizer, big.tokenizer)
-
-    def gaps(sequences: list[list[int]]) -> list[list[float]]:
-        return [[b - s for s, b in zip(*both)] for both in zip(small.score(sequences), big.score(sequences))]
-
+    asked = _passages(problems, "gap", small.tokenizer)
+    read = [readings.read(model, "score", asked, config.batch_size, file) for model, file in zip((small, big), files)]
+    gaps = ([b - s for s, b in zip(of_small.tolist(), of_big.tolist())] for of_small, of_big in zip(*read))
     return _by_value(gaps, "gap", problems, config, small.tokenizer)
 
 
-def entropy(small, problems: list[Problem], config: Annotate) -> Iterator[Annotated]:
+def entropy(small, problems: list[Problem], config: Annotate, file: Path | None = None) -> Iterator[Annotated]:
     """As `gap`, but for the tokens where the small model's distribution has more entropy than the threshold (nats)."""
-    return _by_value(small.entropies, "entropy", problems, config, small.tokenizer)
+    asked = _passages(problems, "entropy", small.tokenizer)
+    read = readings.read(small, "entropies", asked, config.batch_size, file)
+    return _by_value((values.tolist() for values in read), "entropy", problems, config, small.tokenizer)
 
 
 def random(problems: list[Problem], config: Annotate, tokenizer, seed: int = 0) -> Iterator[Annotated]:
@@ -215,35 +205,20 @@ def check_vocabularies(small, big) -> None:
         )
 
 
-def _by_value(
-    measure: Callable[[list[list[int]]], list[list[float]]],
-    name: str,
-    problems: list[Problem],
-    config: Annotate,
-    tokenizer,
-) -> Iterator[Annotated]:
-    """Rows by a number for each token, `config.batch_size` traces at a time.
-
-    Args:
-        measure: sequences of ids to the number of every id but the first.
-    """
+def _passages(problems: list[Problem], name: str, tokenizer) -> list[Passage]:
     for problem in problems:
         if not problem.trace:
             raise SrlibError(f"Problem {problem.id} has no worked trace, and the {name} annotator needs one.")
-    # Traces of like length share a batch, so that little is padding.
-    order = sorted(problems, key=lambda problem: len(problem.trace))
-    bar = tqdm(total=len(problems), desc=name, unit="trace", mininterval=1)
-    for at in range(0, len(order), config.batch_size):
-        batch = order[at : at + config.batch_size]
-        prompts = encode_prompts(tokenizer, [problem.prompt for problem in batch])
-        encoded = [_encoded(tokenizer, problem) for problem in batch]
-        measured = measure([prompt + trace["input_ids"] for prompt, trace in zip(prompts, encoded)])
-        for problem, prompt, trace, values in zip(batch, prompts, encoded, measured):
-            offsets = trace["offset_mapping"]
-            marked = choose(values[len(prompt) - 1 :], config, units(problem.trace, offsets))
-            yield _annotated(problem, marked, offsets, name)
-        bar.update(len(batch))
-    bar.close()
+    return readings.passages(problems, tokenizer)
+
+
+def _by_value(
+    read: Iterable[list[float]], name: str, problems: list[Problem], config: Annotate, tokenizer
+) -> Iterator[Annotated]:
+    """Rows by a number for each token."""
+    for problem, values in zip(problems, read):
+        offsets = _encoded(tokenizer, problem)["offset_mapping"]
+        yield _annotated(problem, choose(values, config, units(problem.trace, offsets)), offsets, name)
 
 
 def _encoded(tokenizer, problem: Problem | Annotated):
@@ -261,44 +236,53 @@ def _annotated(problem: Problem, marked: list[Span], offsets: Sequence[tuple[int
     )
 
 
-def _annotator(p: Params, name: str, tokenizer, small, big) -> Callable[[list[Problem]], Iterator[Annotated | str]]:
+def _annotator(
+    p: Params, folder: Path, name: str, tokenizer, small, big
+) -> Callable[[list[Problem]], Iterator[Annotated | str]]:
     """An annotator that needs no asking, ready to be given traces."""
     config = p.annotate
+
+    def scores() -> tuple[Path, Path]:
+        return readings.journal(folder, p.small, "score"), readings.journal(folder, p.big, "score")
+
     return {
-        "gap": lambda asked: gap(small, big, asked, config),
-        "entropy": lambda asked: entropy(small, asked, config),
+        "gap": lambda asked: gap(small, big, asked, config, scores()),
+        "entropy": lambda asked: entropy(small, asked, config, readings.journal(folder, p.small, "entropies")),
         "random": lambda asked: random(asked, config, tokenizer, p.seed),
         "given": lambda asked: given(asked, tokenizer),
     }[name]
 
 
-def _annotate(p: Params, asked: list[Problem], tokenizer, small, big, journal: Journal) -> None:
-    """Annotate what the journal does not have, and write it down batch by batch."""
-    todo = {traces.key(problem): problem for problem in asked}
-    # In the order in which the annotators answer.
-    todo = sorted((x for name, x in todo.items() if name not in journal.records), key=lambda x: len(x.trace))
-    pending: list[dict[str, Any]] = []
-    for problem, row in zip(todo, _annotator(p, p.annotate.method, tokenizer, small, big)(todo)):
-        made = {"reason": row} if isinstance(row, str) else {"spans": row.spans, "share": row.share}
-        pending.append({"key": traces.key(problem)} | made)
-        if len(pending) >= p.annotate.batch_size:
-            journal.append(*pending)
-            pending = []
-    journal.append(*pending)
+def _judged(p: Params, folder: Path, asked: list[Problem], tokenizer) -> tuple[list[Annotated | str], dict[str, Any]]:
+    """Rows by a judge, or why there is none, and what asking took; writes the passages that were not found."""
+    config = p.annotate
+    expected = judge.estimate(asked, config, tokenizer)
+    print(
+        f"{len(asked)} traces: about {expected.prompt_tokens:,} tokens to read and "
+        f"{expected.completion_tokens:,} to write, cost {expected.cost(config.judge):.2f}"
+    )
+    with Journal(folder / f"judge-{_digest(p)}.journal.jsonl") as journal:
+        judge.ask(_judge(p), asked, config, journal, expected)
+        answers = [journal.records[traces.key(problem)] for problem in asked]
+    usage, made, found = judge.Usage(), [], []
+    for problem, answer in zip(asked, answers):
+        usage.add(answer)
+        made.append(_row(problem, answer, config, tokenizer, found))
+    lost = ({"id": id_, "snippet": snippet, "reason": how} for id_, snippet, how in found if how not in FOUND)
+    write_jsonl(folder / "unaligned.jsonl", lost)
+    passages = dict(Counter(how for _, _, how in found).most_common())
+    took = {"estimate": vars(expected), **vars(usage), "cost": usage.cost(config.judge), "passages": passages}
+    return made, took
 
 
 def _row(
-    problem: Problem, record: dict[str, Any], config: Annotate, tokenizer, found: list[tuple[str, str, str]]
+    problem: Problem, answer: dict[str, Any], config: Annotate, tokenizer, found: list[tuple[str, str, str]]
 ) -> Annotated | str:
-    """The row of a trace by its record, or why there is none; adds each passage of a judge to `found`, with how."""
-    if record.get("reason"):
-        return record["reason"]
-    if "snippets" not in record:
-        plain = problem.model_copy(update={"trace": spans.strip(problem.trace)})
-        kept = plain.model_dump(include={"id", "prompt", "answer", "trace"})
-        return Annotated(**kept, spans=record["spans"], share=record["share"], annotator=config.method)
-    matches = align(record["snippets"], problem.trace, config.min_score)
-    found += ((problem.id, s, _how(s, m, problem.trace)) for s, m in zip(record["snippets"], matches))
+    """The row of a trace by a judge's answer, or why there is none; adds each passage to `found`, with how."""
+    if answer["reason"]:
+        return answer["reason"]
+    matches = align(answer["snippets"], problem.trace, config.min_score)
+    found += ((problem.id, s, _how(s, m, problem.trace)) for s, m in zip(answer["snippets"], matches))
     offsets = _encoded(tokenizer, problem)["offset_mapping"]
     marked = [cover(Span(match.start, match.end), offsets) for match in matches if match]
     whole = units(problem.trace, offsets)
@@ -326,15 +310,10 @@ def _judge(p: Params) -> judge.Endpoint | judge.Local:
 
 
 def _digest(p: Params) -> str:
-    """Of all that decides what an annotator answers."""
+    """Of all that decides what a judge answers."""
     config = p.annotate
-    if config.method == "judge":
-        asked = config.judge.model_dump(include={"model", "base_url", "local", "temperatures", "max_tokens"})
-        decides = [asked, config.share, judge.PROMPT, p.seed if config.judge.local else None]
-    else:
-        rest = config.model_dump(exclude={"judge", "compare", "n_compare", "n_traces", "batch_size"})
-        decides = [rest, p.seed, p.small.model_dump(), p.big.model_dump()]
-    return sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    asked = config.judge.model_dump(include={"model", "base_url", "local", "temperatures", "max_tokens"})
+    return digests.of([asked, config.share, judge.PROMPT, p.seed if config.judge.local else None], 8)
 
 
 def _cut(span: Span, size: int, whole: Sequence[Span]) -> Iterator[Span]:

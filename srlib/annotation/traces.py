@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from srlib import SrlibError
-from srlib.data import grade, problems, spans
+from srlib.data import digests, grade, problems, spans
 from srlib.data.journal import Journal
 from srlib.data.rows import Problem
 from srlib.decoding.policies import Always
@@ -33,10 +32,10 @@ def gather(p: Params, folder: Path, big=None) -> tuple[list[Problem], Counter[st
     dropped: Counter[str] = Counter()
     found = problems.traces(p, config.n_traces, worked=not config.tries, dropped=dropped)
     if config.tries:
-        decides = [p.big.model_dump(), p.offload.settings, config.tries, config.temperature, p.seed]
-        name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+        # Not the code: a trace is right whatever wrote it.
+        decides = [digests.of_model(p.big), p.offload.settings, config.tries, config.temperature, p.seed]
         found = [problem.model_copy(update={"trace": None}) for problem in found]
-        with Journal(folder / f"written-{name}.journal.jsonl") as journal:
+        with Journal(folder / f"written-{digests.of(decides, 8)}.journal.jsonl") as journal:
             found, wrong = write(big, found, config, p.offload, p.seed, journal)
         dropped += wrong
         if not found:

@@ -8,4 +8,5 @@
 - `prompts`: how a question is put to a model
 - `grade`: whether a completion is right; `equal`: whether two answers are the same
 - `journal`: a file that long work writes down as it goes
+- `digests`, `modules`: what work depends on, files, models and code, in a few digits
 """

