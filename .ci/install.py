@@ -1,4 +1,6 @@
-"""Make a virtual environment and install into it: `python .ci/install.py .venv .[dev]`.
+"""Make a virtual environment and install into it: `python .ci/install.py .venv --editable .[dev]`.
+
+Behind `--alone` stand packages of which only the package itself is wanted, nothing that it depends on.
 
 By uv, which pip fetches first; it takes a small part of pip's time. Where uv cannot be had, by pip.
 uv reads none of pip's settings, so they are handed on: a CPU build of torch that pip would find
@@ -42,19 +44,25 @@ def handed_on(config: str) -> dict[str, str]:
     return found
 
 
-def main(folder: str, requirements: list[str]) -> int:
+def main(folder: str, requirements: list[str], alone: list[str]) -> int:
     """Returns the exit status."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = os.path.join(folder, "bin", "python")
     pip = [python, "-m", "pip"]
-    install = ["install", "--quiet", *requirements]
-    if subprocess.run([*pip, "install", "--quiet", UV]).returncode:
+    wanted = [["install", "-qq", *requirements]]
+    if alone:
+        wanted.append(["install", "-qq", "--no-deps", *alone])
+    if subprocess.run([*pip, "install", "-qq", UV]).returncode:
         print("uv cannot be had here; pip installs, and takes longer", flush=True)
-        return subprocess.run([*pip, *install]).returncode
+        return max(subprocess.run([*pip, *install]).returncode for install in wanted)
     config = subprocess.run([*pip, "config", "list"], check=True, capture_output=True, text=True).stdout
     environment = {**handed_on(config), **os.environ}
-    return subprocess.run([python, "-m", "uv", "pip", *install, "--python", python], env=environment).returncode
+    if os.environ.get("PYTHONDONTWRITEBYTECODE"):  # else Python keeps what it compiles, at the first import
+        environment["UV_COMPILE_BYTECODE"] = "1"
+    uv = [python, "-m", "uv", "pip"]
+    return max(subprocess.run([*uv, *install, "--python", python], env=environment).returncode for install in wanted)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    given, _, alone = " ".join(sys.argv[2:]).partition(" --alone ")
+    sys.exit(main(sys.argv[1], given.split(), alone.split()))

@@ -13,7 +13,7 @@ from transformers import (
 from transformers.utils import logging
 
 from srlib import SrlibError
-from srlib.engine.loading import check
+from srlib.engine.files import check
 from srlib.params.models import ModelSpec
 
 

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoTokenizer
 
 from srlib import SrlibError
-from srlib.engine.loading import check
+from srlib.engine.files import check
 from srlib.engine.protocol import GREEDY, Counters, Request, Running, Sampling, Sequence
 from srlib.params import ModelSpec
 

@@ -39,7 +39,7 @@ from typing import Any
 
 from srlib import SrlibError
 from srlib.engine.adapters import beside, merge
-from srlib.engine.loading import check
+from srlib.engine.files import check
 from srlib.engine.protocol import Request, Running, Sampling, Sequence
 from srlib.engine.vllm.arguments import arguments
 from srlib.engine.vllm.local import Local
