@@ -53,11 +53,13 @@ def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> 
     """
     config, tokenizer = p.annotate, small.tokenizer if small else load_tokenizer(p.small)
     report: dict[str, Any] = {"annotator": config.method, "traces": len(asked)}
+    made: Iterable[Annotated | str]
     if config.method == "judge":
         made, took = _judged(p, folder, asked, tokenizer)
     else:
         made, took = _annotator(p, folder, config.method, tokenizer, small, big)(asked), {}
-    rows, dropped = [], Counter()
+    rows: list[Annotated] = []
+    dropped: Counter[str] = Counter()
     for row in made:
         if isinstance(row, Annotated):
             rows.append(row)
@@ -264,7 +266,8 @@ def _judged(p: Params, folder: Path, asked: list[Problem], tokenizer) -> tuple[l
     with Journal(folder / f"judge-{_digest(p)}.journal.jsonl") as journal:
         judge.ask(_judge(p), asked, config, journal, expected)
         answers = [journal.records[traces.key(problem)] for problem in asked]
-    usage, made, found = judge.Usage(), [], []
+    usage, made = judge.Usage(), []
+    found: list[tuple[str, str, str]] = []
     for problem, answer in zip(asked, answers):
         usage.add(answer)
         made.append(_row(problem, answer, config, tokenizer, found))

@@ -83,7 +83,7 @@ class Manifest:
             "notebook": digests.of_path(notebook),
             "versions": _versions(self.code.packages(code), json.dumps(parameters)),
             "code": code,
-            "inputs": {path: digests.of_path(find(path)) for path in self._inputs(stage)},
+            "inputs": {path: digests.of_path(there) for path in self._inputs(stage) if (there := find(path))},
         }
 
     def _changes(self, name: str) -> Iterator[str]:
