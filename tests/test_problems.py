@@ -161,8 +161,8 @@ def test_a_bad_row_is_an_error_or_is_left_out_and_counted(tmp_path, columns, row
 
 
 def test_both_lines_of_an_id_are_named(tmp_path):
-    source = written(tmp_path, [GOOD | {"id": 5}, "", GOOD | {"id": "q"}, GOOD | {"id": "5"}], SCHEMA)
-    with pytest.raises(SrlibError, match="line 4 is not a Problem: its id stands twice: '5', in line 1 too"):
+    source = written(tmp_path, [GOOD | {"id": "q"}, GOOD | {"id": 5}, "", GOOD | {"id": "5"}], SCHEMA)
+    with pytest.raises(SrlibError, match="line 4 is not a Problem: its id stands twice: '5', in line 2 too"):
         problems.load(source)
 
 

@@ -42,8 +42,8 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig")  # in every line: files that begin with the mark are put together, too
-                if text.strip():
+                text = line.decode("utf-8-sig").strip()  # every line: files that begin with the mark are joined, too
+                if text:
                     empty = False
                     yield number, text
     except UnicodeDecodeError as error:
