@@ -27,6 +27,7 @@ def test_overrides():
         ({"sft.epoch": 1}, r"unknown key 'epoch'; did you mean 'epochs'\? \(in section sft\)"),
         ({"sfft": {"epochs": 1}}, r"unknown key 'sfft'; did you mean 'sft'\?"),
         ({"arith.small.train_step": 1}, r"did you mean 'train_steps'\? \(in section small\)"),
+        ({"data.test": {"path": "a.jsonl", "splitt": "x"}}, r"did you mean 'split'\? \(in section test\)"),
         ({"sft.epochs": "many"}, r"sft.epochs is 'many': input should be a valid number"),
         ({"sft.lora_rank": 1.5}, r"sft.lora_rank is 1.5: input should be a valid integer"),
         ({"annotate.threshold": -1}, r"annotate.threshold is -1: input should be greater than 0"),

@@ -285,7 +285,7 @@ def _fitting(p: Params, stage: str, change: dict[str, Any]) -> str | None:
             section = section[name]
         section[last] = value
     try:
-        changed = build(values, "changed")
+        changed = build(values, "changed", Params)
     except SrlibError:
         return None
     if faults(changed, stage):

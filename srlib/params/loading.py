@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from srlib import SrlibError
+from srlib.params.models import Section, section_of
 from srlib.params.names import nearest, unknown
 from srlib.params.paths import ROOT, find
 from srlib.params.run import Params
 
-Model = TypeVar("Model", bound=BaseModel)
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+Model = TypeVar("Model", bound=Section)
 PARAMETERS = re.compile(r"^params_file\s*=(?!=)", re.MULTILINE)  # is in the `parameters` cell
 INJECTED = "# Parameters\n"  # is how papermill's own cell begins
 
@@ -31,10 +35,10 @@ def load(path: str | Path, /, **overrides: Any) -> Params:
         SrlibError: the file is not there or not YAML, a key is unknown (the nearest valid one
             is named), a value has the wrong type or is impossible.
     """
-    return build(_laid(_read(path), overrides), str(path))
+    return build(_laid(_read(path), overrides), str(path), Params)
 
 
-def build(values: dict[str, Any], source: str, model: type[Model] = Params) -> Model:
+def build(values: dict[str, Any], source: str, model: type[Model]) -> Model:
     """Check `values`; `source` is named in the error."""
     try:
         return model(**values)
@@ -67,10 +71,10 @@ def from_notebook(scope: dict[str, Any]) -> Params:
     if not isinstance(changes, dict):
         raise SrlibError(f'changes is {changes!r}; it must map names to values, as {{"seed": 1, "sft.epochs": 1}}.')
     if "run" in given and any(isinstance(value, dict) for value in given.values()):
-        return build(_laid(given, changes), "papermill's parameters")
+        return build(_laid(given, changes), "papermill's parameters", Params)
     if path is None:
         raise SrlibError('No params file is named: set params_file = "params/cpu.yaml" in the parameters cell.')
-    return build(_laid(_read(path), by_hand, changes, given), str(path))
+    return build(_laid(_read(path), by_hand, changes, given), str(path), Params)
 
 
 def parse_override(text: str, several: bool = False) -> tuple[str, Any]:
@@ -129,14 +133,14 @@ def _lay(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
+def _explain(error: ErrorDetails, model: type[Section]) -> str:
     """One sentence out of a pydantic error."""
     where = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":
-            *sections, key = error["loc"]
+            *sections, key = map(str, error["loc"])
             for section in sections:
-                model = model.model_fields[section].annotation
+                model = section_of(model.model_fields[section].annotation) or model
             return f"{unknown(key, list(model.model_fields))}{f' (in section {sections[-1]})' if sections else ''}"
         case "missing":
             return f"{where} is missing; give it a value."

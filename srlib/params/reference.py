@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from shutil import get_terminal_size
 from textwrap import wrap
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from srlib import SrlibError
-from srlib.params.models import Section
+from srlib.params.models import Section, section_of
 from srlib.params.names import nearest
 from srlib.params.run import Params
 
@@ -47,12 +47,6 @@ def settings(model: type[Section] = Params, prefix: str = "", given: Section | N
     for inner, key, default, about in sections:
         yield Setting(key, "", "empty" if default is None else "", about)
         yield from settings(inner, f"{key}.", default)
-
-
-def section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, or may hold."""
-    kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def table(key: str | None = None) -> str:

@@ -74,8 +74,9 @@ class Params(Section):
 
     def where(self, stage: str) -> Path:
         """The folder of a stage's artefacts, which may be another run's."""
-        shared = self.base is not None and stage in self.base.stages
-        return (ROOT / self.base.folder if shared else self.run_dir) / stage
+        if self.base is not None and stage in self.base.stages:
+            return ROOT / self.base.folder / stage
+        return self.run_dir / stage
 
     def stage_dir(self, stage: str) -> Path:
         """The folder for a stage's artefacts in this run, made if it is not there."""

@@ -62,7 +62,7 @@ def launch(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
 def _work(job: Path) -> None:
     """What each process of `launch` does."""
     given = json.loads(job.read_text())
-    p = build(given["params"], str(job))
+    p = build(given["params"], str(job), Params)
     if p.threads:
         torch.set_num_threads(p.threads)
     set_seed(p.seed)
