@@ -6,13 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import nnls
 
 from srlib import SrlibError
 from srlib.cost.shapes import KNOWN, Shape
-from srlib.engine.protocol import Request
+from srlib.engine.protocol import Engine, Request
 from srlib.params import nearest
 
 
@@ -35,6 +36,9 @@ class Cost:
     def seconds(self, sequences: int, tokens: float, context: float = 0.0) -> float:
         """Of one pass."""
         return self.fixed + self.each * sequences + max(self.base + self.held * context, self.token * tokens)
+
+
+Named = TypeVar("Named")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def roofline(
 
 
 def measure(
-    engine,
+    engine: Engine,
     batches: tuple[int, ...] = (1, 4, 16),
     reads: tuple[int, ...] = (1, 8, 32),
     repeats: int = 7,
@@ -117,21 +121,21 @@ def measure(
             timed.setdefault("write", []).append(eight / 8)
             for s in sequences:
                 engine.close(s)
-        for n, values in timed.items():
-            rows.append((batch, batch * (1 if n == "write" else n)))
+        for what, values in timed.items():
+            rows.append((batch, batch * (1 if isinstance(what, str) else what)))
             seconds.append(statistics.median(values[1:]))
     grid, wanted = np.array([(1.0, b, n) for b, n in rows]), np.array(seconds)
     (fixed, each, token), _ = nnls(grid / wanted[:, None], np.ones(len(wanted)))
     return Cost(fixed=float(fixed), each=float(each), token=float(token))
 
 
-def _timed(engine, requests: list[Request], clock: Callable[[], float]) -> float:
+def _timed(engine: Engine, requests: list[Request], clock: Callable[[], float]) -> float:
     start = clock()
     engine.run(*requests)
     return clock() - start
 
 
-def _named(table: dict, name: str, kind: str):
+def _named(table: dict[str, Named], name: str, kind: str) -> Named:
     if name not in table:
         near = nearest(name, list(table))
         hint = f"; did you mean {near!r}?" if near else ""

@@ -20,7 +20,8 @@ from srlib.cost.costs import Cost
 from srlib.cost.jobs import Job, Pipeline, Simulation, arrivals, even, replay
 from srlib.decoding.policies import Policy
 from srlib.decoding.scheduler import Offloader
-from srlib.engine.protocol import Request
+from srlib.decoding.trace import Trace
+from srlib.engine.protocol import Engine, Request
 from srlib.params import Latency, nearest
 
 
@@ -84,24 +85,29 @@ def pair_speed(config: Latency, small: Speed | None = None, big: Speed | None = 
         small, big: as `calibrate` gives them; needed where `source` is `calibrate`.
 
     Raises:
-        SrlibError: the table has no such model.
+        SrlibError: the table has no such model, or what `calibrate` gives is missing.
     """
     if config.source == "calibrate":
+        if small is None or big is None:
+            raise SrlibError(
+                "latency.source is calibrate: give the speeds of both engines, as `calibrate` measures them."
+            )
         return PairSpeed(small, big, config.handover_s)
     if config.source == "roofline":
         pair = costs.roofline(config.gpu, config.small), costs.roofline(config.gpu, config.big, config.devices)
-        return PairSpeed(*(Speed(cost.seconds(1, 1), cost.token) for cost in pair), config.handover_s)
+        one, other = (Speed(cost.seconds(1, 1), cost.token) for cost in pair)
+        return PairSpeed(one, other, config.handover_s)
     table = TABLES[config.source]
     for name in (config.small, config.big):
         if name not in table:
             near = nearest(name, list(table))
             hint = f" (nearest: {near})" if near else ""
             raise SrlibError(f"The table {config.source} has no model {name!r}; it has {', '.join(table)}{hint}.")
-    speeds = [Speed(1 / decode, 1 / prefill) for decode, prefill in (table[config.small], table[config.big])]
-    return PairSpeed(*speeds, config.handover_s)
+    one, other = (Speed(1 / decode, 1 / prefill) for decode, prefill in (table[config.small], table[config.big]))
+    return PairSpeed(one, other, config.handover_s)
 
 
-def calibrate(engine, batch: int = 16, tokens: int = 32, repeats: int = 5) -> Speed:
+def calibrate(engine: Engine, batch: int = 16, tokens: int = 32, repeats: int = 5) -> Speed:
     """Median seconds a token of one engine, decoding and prefilling a batch; the first run warms up.
 
     Args:
@@ -190,8 +196,8 @@ def _paper(pair: PairSpeed, share: float, prompt: int, decode: int, chunk: int, 
 
 
 def check(
-    small,
-    big,
+    small: Engine,
+    big: Engine,
     prompts: Sequence[str],
     settings: dict[str, Any],
     policies: Sequence[Policy],
@@ -219,7 +225,7 @@ def check(
         for policy in policies:
             writer = Offloader(small, big, policy, **settings | {"batch_size": batch}, seed=seed)
             looks = writer.control_chunk if policy.tags else 0
-            options = {
+            options: dict[str, Any] = {
                 "shared": True,
                 "slots": batch,
                 "stream_chunk": writer.stream_chunk,
@@ -231,8 +237,8 @@ def check(
             grid = tuple(sorted({1, max(1, batch // 4), batch}))
             runs = []
             for _ in range(repeats):
-                pair = [costs.measure(e, grid, repeats=3, clock=clock) for e in (small, big)]
-                pipeline = Pipeline(*pair, **options)
+                one, other = (costs.measure(e, grid, repeats=3, clock=clock) for e in (small, big))
+                pipeline = Pipeline(one, other, **options)
                 answers = sum(simulation.run(pipeline, jobs).answers.values())
                 predicted = simulation.run(replace(pipeline, answer_s=controller / answers), jobs).seconds
                 start = clock()
@@ -256,6 +262,6 @@ def check(
     return rows
 
 
-def _jobs(traces, tags: bool) -> list[Job]:
+def _jobs(traces: Sequence[Trace], tags: bool) -> list[Job]:
     owners = ["".join("SBF"[owner] for owner in trace.owners) for trace in traces]
     return [replay(text, len(trace.prompt_ids), tags) for text, trace in zip(owners, traces)]

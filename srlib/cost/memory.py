@@ -157,9 +157,8 @@ def _shape(p: Params, spec: ModelSpec, side: str) -> Shape:
     if spec.path != str(p.where("00_arith_pair") / side):
         return shape(spec.path)
     a = getattr(p.arith, side)  # 100: printable ASCII, the end, two tags of thought and two of this method
-    return qwen2(
-        a.hidden_size, a.num_hidden_layers, *2 * [a.num_attention_heads], a.intermediate_size, 100, 512, tied=True
-    )
+    heads = a.num_attention_heads
+    return qwen2(a.hidden_size, a.num_hidden_layers, heads, heads, a.intermediate_size, 100, 512, tied=True)
 
 
 def needs(p: Params, stages: tuple[str, ...] = STAGES) -> list[Need]:
@@ -267,11 +266,12 @@ def mend(p: Params, stage: str) -> str:
     for key, values in knobs:
         for value in values:
             together |= {key: value}
-            if _fitting(p, stage, together) is not None:
+            if (change := _fitting(p, stage, together)) is not None:
                 for name in list(together):  # those that are not needed
                     rest = {k: v for k, v in together.items() if k != name}
-                    together = together if _fitting(p, stage, rest) is None else rest
-                return _fitting(p, stage, together)
+                    if (fewer := _fitting(p, stage, rest)) is not None:
+                        together, change = rest, fewer
+                return change
     return "No setting alone or together mends that: it needs smaller models or more memory."
 
 
@@ -363,7 +363,7 @@ def _about(side: str, model: _Model) -> str:
     count = f"{size / 1e9:.3f} billion" if size > 1e8 else f"{size:,}"
     how = spec.quantization if spec.quantization != "none" else f"{8 * model.bytes} bits"
     lines = (
-        f"{side:<9}{spec.path.removeprefix(f'{ROOT}/')}: {count} parameters, {how}, {model.weights() / GIB:.2f} GiB, ",
+        f"{side:<9}{str(spec.path).removeprefix(f'{ROOT}/')}: {count} parameters, {how}, {model.weights() / GIB:.2f} GiB, ",
         f"{spec.engine}{' server' if spec.url else ''} on {where}\n",
         f"         a sequence of {model.tokens:,} tokens takes {model.cache(model.tokens) / GIB:.2f} GiB of KV cache",
         f", and the cache holds {sequences(model)} of them" if spec.kv_cache_gb else "",

@@ -67,7 +67,6 @@ def group(gpu: str, small: str, big: str, load: Load, devices: int, replicas: in
     pair = Pipeline(roofline(gpu, small), roofline(gpu, big, max(1, devices)))
     each = slots // max(1, replicas)
     share = load.share if replicas else 1.0
-    options = {"shared": shared and bool(replicas), "replicas": max(1, replicas), "slots": each, "control_chunk": 16}
     requests = 3 * each * max(1, replicas)  # three fillings, so that beginning and end weigh little
     # They do not come in step: over the time that one takes alone.
     alone = latency.simulate(pair, share=share, prompt=load.prompt, decode=load.decode, span=load.span).seconds
@@ -81,7 +80,10 @@ def group(gpu: str, small: str, big: str, load: Load, devices: int, replicas: in
         requests=requests,
         rate=3 * each * max(1, replicas) / alone,
         seed=seed,
-        **options,
+        shared=shared and bool(replicas),
+        replicas=max(1, replicas),
+        slots=each,
+        control_chunk=16,
     )
     name = f"{big} on {max(1, devices)}" + (f" + {replicas} × {small}" if replicas else " alone")
     gpus = max(1, devices) + (0 if shared else replicas)

@@ -62,8 +62,8 @@ def shape(path: str) -> Shape:
     file = Path(path) / "config.json"
     config = json.loads(file.read_text()) if file.is_file() else {}
     if config.get("model_type") == "qwen2":
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        names += ("intermediate_size", "vocab_size", "max_position_embeddings", "tie_word_embeddings")
+        names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+        names += ["intermediate_size", "vocab_size", "max_position_embeddings", "tie_word_embeddings"]
         if all(name in config for name in names):
             return qwen2(*(config[name] for name in names))
     named = re.search(r"r1-distill-qwen-(1\.5b|7b|14b|32b)", path.lower())

@@ -15,7 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, cast
 
 from srlib.cost.costs import Cost
 from srlib.cost.jobs import BIG, NAMES, SMALL, Job, Pipeline, Simulation
@@ -23,7 +23,7 @@ from srlib.decoding.policies import Policy
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.writer import Steps, Writer
 from srlib.engine import protocol
-from srlib.engine.protocol import GREEDY, Counters, Request, Sampling
+from srlib.engine.protocol import GREEDY, Counters, Engine, Request, Sampling
 from srlib.params import slots_for
 
 ENDLESS = 10**9  # tokens: no budget of the controller ends what is written
@@ -59,6 +59,11 @@ class _Sequence(protocol.Sequence):
     claimed: int = 0  # ids that what was asked will have processed
 
 
+def _own(request: Request) -> _Sequence:
+    """The sequence of a request, which an engine of this module has opened."""
+    return cast(_Sequence, request.sequence)
+
+
 class _Model:
     """A model on a device: what it is asked, and how far it is with it."""
 
@@ -79,7 +84,7 @@ class _Model:
 
     def ask(self, request: Request) -> None:
         """Take a request, which begins with the next pass."""
-        sequence = request.sequence
+        sequence = _own(request)
         self.reads[request] = max(1, len(sequence.ids) - sequence.claimed)
         sequence.claimed = len(sequence.ids) + max(0, request.max_new - 1)
         self.new.append(request)
@@ -142,7 +147,8 @@ class _Engine:
 
     def __init__(self, model: _Model, owner: int, slots: int) -> None:
         self.model, self.owner, self.slots = model, owner, slots
-        self.tokenizer, self.context, self.eos, self.counters = model.world.tokenizer, ENDLESS, frozenset(), Counters()
+        self.tokenizer, self.context, self.counters = model.world.tokenizer, ENDLESS, Counters()
+        self.eos: frozenset[int] = frozenset()
 
     def open(self, ids: list[int], sampling: Sampling = GREEDY) -> _Sequence:
         return _Sequence(0, list(ids), sampling, owner=self.owner)
@@ -154,8 +160,8 @@ class _Engine:
         request.start = len(request.sequence.ids)
         request.sequence.ids += request.feed
         world = self.model.world
-        if request.sequence.rests > world.now:
-            world.at(request.sequence.rests, self.take, request)
+        if (rests := _own(request).rests) > world.now:
+            world.at(rests, self.take, request)
         else:
             self.take(request)
         return request
@@ -257,7 +263,7 @@ class _Script(Policy):
         for stretch in self.world.begun(writer).stretches:
             if before is not None and p.switch_s:
                 side = (writer.small, writer.big)[stretch.side]
-                side.sequence.rests = self.world.now + p.switch_s
+                cast(_Sequence, side.sequence).rests = self.world.now + p.switch_s
                 self.world.causes["switch"] += p.switch_s
             before = stretch.side
             if stretch.side == SMALL:
@@ -289,10 +295,14 @@ class _World:
             slots = slots_for(pipeline.slots, pipeline.oversubscribe)
             sides = kind(small, i, slots), kind(self.big, i, slots)
             self._sides.append(sides)
-            how = {"control_chunk": max(1, pipeline.control_chunk), "stream_chunk": pipeline.stream_chunk}
+            one, other = (cast(Engine, side) for side in sides)  # as far as a script needs it
+            how: dict[str, Any] = {
+                "control_chunk": max(1, pipeline.control_chunk),
+                "stream_chunk": pipeline.stream_chunk,
+            }
             how |= {"max_tokens": ENDLESS, "span_budget": ENDLESS, "overlap": pipeline.overlap}
             how |= {"batch_size": pipeline.slots, "oversubscribe": pipeline.oversubscribe}
-            self._controllers.append(Offloader(*sides, _Script(self), time=lambda: self.now, **how))
+            self._controllers.append(Offloader(one, other, _Script(self), time=lambda: self.now, **how))
         self._scripts: dict[Writer, tuple[Job, float]] = {}  # and when it was begun
         self._woken: deque[int] = deque()  # controllers that have something to do
         for i, job in enumerate(jobs):
@@ -325,7 +335,7 @@ class _World:
 
     def answered(self, request: Request, side: int) -> None:
         """Hand a request that is done to the controller that asked."""
-        owner = request.sequence.owner
+        owner = _own(request).owner
         self._sides[owner][side].done.append(request)
         self.wake(owner)
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -24,16 +24,20 @@ from srlib.data.rows import Problem, write_jsonl
 from srlib.decoding.policies import Policy
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import Trace
+from srlib.engine.protocol import Engine
 from srlib.evaluation import stats
 from srlib.evaluation.stats import accuracy, compare
 from srlib.params import Offload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["accuracy", "by_difficulty", "compare", "difficulty", "run", "summarise"]
 
 
 def run(
-    small,
-    big,
+    small: Engine | None,
+    big: Engine | None,
     policy: Policy,
     problems: Sequence[Problem],
     config: Offload,
@@ -76,8 +80,8 @@ def run(
                 return
             problem, number = asked[place]
             now = time.perf_counter()
-            record = {"id": problem.id, "sample": number, "key": name(problem, number), "seconds": now - last}
-            record |= _record(trace, writer.tokenizer)
+            record: dict[str, Any] = {"id": problem.id, "sample": number, "key": name(problem, number)}
+            record |= {"seconds": now - last, **_record(trace, writer.tokenizer)}
             last = now
             if journal:
                 journal.append(record)
@@ -138,10 +142,10 @@ def difficulty(problem: Problem) -> str | None:
 
 def by_difficulty(records: Sequence[dict[str, Any]], problems: Sequence[Problem]) -> pd.DataFrame:
     """Accuracy with its interval, offload share and hand-overs a trace, by `difficulty`; empty if none is known."""
-    level = {problem.id: difficulty(problem) for problem in problems}
+    level = {problem.id: level for problem in problems if (level := difficulty(problem)) is not None}
     groups: dict[str, list[dict]] = defaultdict(list)
     for record in records:
-        if level.get(record["id"]) is not None:
+        if record["id"] in level:
             groups[level[record["id"]]].append(record)
     rows = []
     for name in sorted(groups):
@@ -160,7 +164,7 @@ def by_difficulty(records: Sequence[dict[str, Any]], problems: Sequence[Problem]
     return pd.DataFrame(rows)
 
 
-def _record(trace: Trace, tokenizer) -> dict[str, Any]:
+def _record(trace: Trace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "finish": trace.finish,
         "text": tokenizer.decode(trace.ids),
@@ -174,7 +178,9 @@ def _record(trace: Trace, tokenizer) -> dict[str, Any]:
     }
 
 
-def _grade(records: Sequence[dict[str, Any]], problems: dict[str, Problem], hint: str, tokenizer) -> None:
+def _grade(
+    records: Sequence[dict[str, Any]], problems: dict[str, Problem], hint: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Lay the verdicts into the records; those that have one keep it."""
     special = [token for token in tokenizer.all_special_tokens if token not in (spans.OPEN, *spans.TEXT.closes)]
     waiting = [record for record in records if "correct" not in record]

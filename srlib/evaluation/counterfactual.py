@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -24,15 +24,20 @@ from srlib.data.grade import verdict
 from srlib.data.rows import Problem
 from srlib.decoding.policies import Learned
 from srlib.decoding.scheduler import Offloader
+from srlib.decoding.trace import Trace
+from srlib.engine.protocol import Engine
 from srlib.evaluation import stats
 from srlib.params import Offload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VERDICTS = {(True, False): "needed", (True, True): "useless", (False, False): "useless", (False, True): "harmful"}
 
 
 def run(
-    small,
-    big,
+    small: Engine | None,
+    big: Engine | None,
     policy: Learned,
     problems: Sequence[Problem],
     records: Sequence[dict[str, Any]],
@@ -86,7 +91,9 @@ def table(rows: Sequence[dict[str, Any]], by: str | None = None) -> pd.DataFrame
     return pd.DataFrame(lines)
 
 
-def _row(problem: Problem, record: dict, request: int, trace, config: Offload, tokenizer) -> dict[str, Any]:
+def _row(
+    problem: Problem, record: dict, request: int, trace: Trace, config: Offload, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     start, tokens, _ = record["handovers"][request]
     found = verdict(trace.text(tokenizer), problem, config.hint)
     before = tokenizer.decode(trace.ids[:start])
@@ -115,5 +122,5 @@ def _closes(ids: list[int], at: int, tags: spans.Tags) -> bool:
 
 
 def _until_close(text: str) -> str:
-    ends = [text.find(tag) for tag in spans.TEXT.closes if tag in text]
+    ends = [text.find(tag) for tag in spans.SPELLINGS[1:] if tag in text]
     return text[: min(ends)] if ends else text

@@ -132,8 +132,8 @@ def share(records: Records) -> float:
 def share_per_problem(records: Records) -> tuple[float, float, float]:
     """Quartiles over problems of the offload share of each."""
     big, total = _tokens(records)
-    quartiles = np.quantile(big / np.maximum(total, 1), (0.25, 0.5, 0.75))
-    return tuple(float(q) for q in quartiles)
+    low, middle, high = np.quantile(big / np.maximum(total, 1), (0.25, 0.5, 0.75)).tolist()
+    return low, middle, high
 
 
 def matched(records: Records, curve: Sequence[Records]) -> Matched:
