@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import add, mul, sub
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -25,7 +26,7 @@ from srlib.params import Arith
 
 MODULUS = 100
 EOS, THINK, END_THINK = "<|endoftext|>", "<think>", "</think>"
-OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul}
 # A problem belongs to one split by the hash of its text, so no two splits can share one.
 SPLITS = {"train": range(0, 80), "traces": range(80, 90), "test": range(90, 100)}
 
@@ -91,8 +92,11 @@ def hard_spans(trace: str) -> list[Span]:
 
 def step_table(batch: list[Problem], texts: list[str]) -> dict[str, tuple[int, int]]:
     """`step_accuracy` summed over problems and what a model wrote for each."""
-    counts = [step_accuracy(problem.trace, text) for problem, text in zip(batch, texts)]
-    return {operation: tuple(map(sum, zip(*(c[operation] for c in counts)))) for operation in OPERATIONS}
+    counts = [step_accuracy(problem.worked, text) for problem, text in zip(batch, texts)]
+    return {
+        operation: (sum(c[operation][0] for c in counts), sum(c[operation][1] for c in counts))
+        for operation in OPERATIONS
+    }
 
 
 def step_accuracy(trace: str, written: str) -> dict[str, tuple[int, int]]:
@@ -103,7 +107,7 @@ def step_accuracy(trace: str, written: str) -> dict[str, tuple[int, int]]:
     """
     counts = {operation: (0, 0) for operation in OPERATIONS}
     for wanted, step in zip(_steps(trace), _steps(written)):
-        operation = next((o for o in OPERATIONS if o in wanted), None)
+        operation = next(o for o in OPERATIONS if o in wanted)
         left, equals, result = step.partition("=")
         first, sign, second = left.partition(operation)
         if not (equals and sign and first.isdigit() and second.isdigit()):

@@ -18,6 +18,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import IO
 
 LIMIT = 3.0  # CPU seconds for one comparison
 PATIENCE = 20  # times as many seconds by the clock, for a machine that is busy
@@ -37,20 +38,20 @@ class _Worker:
     """The process that compares, started when it is first needed."""
 
     def __init__(self) -> None:
-        self.lock, self.process = Lock(), None
+        self.lock = Lock()
+        self.process: subprocess.Popen[bytes] | None = None
         self.started = 0
 
     def ask(self, gold: str, answer: str, again: bool = True) -> str:
-        if self.process is None:
-            self._start()
+        process = self.process or self._start()
         try:
-            self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            _pipes(process)[0].write(json.dumps([gold, answer]).encode() + b"\n")
             line = self._line(LIMIT * PATIENCE)
         except BrokenPipeError:
             line = b""
         if line:
             return json.loads(line)
-        if line is None or self.process.wait() == -signal.SIGPROF:
+        if line is None or process.wait() == -signal.SIGPROF:
             self.stop()
             return TIME
         self.stop()  # something else ended it: with a new one it may go well
@@ -62,13 +63,13 @@ class _Worker:
             process, self.process = self.process, None
             process.kill()
             process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in _pipes(process):
+                pipe.close()
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
         here = str(Path(__file__).resolve().parents[2])
         paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        self.process = subprocess.Popen(
+        self.process = process = subprocess.Popen(
             [sys.executable, "-P", "-m", "srlib.data.equal"],  # -P: no module of the working folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -78,13 +79,15 @@ class _Worker:
         )
         self.started += 1
         if not self._line(None):
-            code = self.process.wait()
+            code = process.wait()
             self.process = None
             raise RuntimeError(f"The process that compares answers ended with status {code}; is math-verify installed?")
+        return process
 
     def _line(self, seconds: float | None) -> bytes | None:
         """What it answers; empty: it has ended; None: the time is over."""
-        out, line = self.process.stdout, b""
+        assert self.process is not None
+        (_, out), line = _pipes(self.process), b""
         while not line.endswith(b"\n"):
             if not select.select([out], [], [], seconds)[0]:
                 return None
@@ -93,6 +96,12 @@ class _Worker:
                 return b""
             line += part
         return line
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """What the worker reads from, and what it writes to."""
+    assert process.stdin is not None and process.stdout is not None
+    return process.stdin, process.stdout
 
 
 _state = _Worker()

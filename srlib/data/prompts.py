@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from srlib import SrlibError
 from srlib.params.loading import nearest
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Ids of a prompt as the model is asked: through the tokenizer's chat template, if it has one."""
     return encode_prompts(tokenizer, [prompt])[0]
 
 
-def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
     """`encode_prompt` of each of `prompts`, in half the time."""
     return encode_for_each([tokenizer], prompts)[0]
 
 
-def encode_for_each(tokenizers: list, prompts: list[str]) -> list[list[list[int]]]:
+def encode_for_each(tokenizers: list[PreTrainedTokenizerBase], prompts: list[str]) -> list[list[list[int]]]:
     """`encode_prompts` for each of `tokenizers`; a chat template that several share is filled in once."""
     ids_alone = {"return_attention_mask": False}
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]

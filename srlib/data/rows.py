@@ -26,6 +26,12 @@ class Problem(BaseModel):
     trace: str | None = None
     meta: dict[str, Any] = {}
 
+    @property
+    def worked(self) -> str:
+        """The trace, for those who load only problems that have one."""
+        assert self.trace is not None, f"problem {self.id} has no trace"
+        return self.trace
+
 
 Row = TypeVar("Row", BaseModel, dict)
 

@@ -17,7 +17,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "<bigmodel>", "</bigmodel>"
 OTHER_CLOSE = r"<\bigmodel>"  # read, since published data has it; never written
@@ -31,25 +34,39 @@ class Span(NamedTuple):
     end: int
 
 
-Text = TypeVar("Text", str, list)  # str, or list[int] of token ids
+Text = TypeVar("Text", str, list[int])  # a text, or token ids
+Tag = TypeVar("Tag", str, tuple[int, ...])
 
 
 @dataclass(frozen=True)
-class Tags:
+class Tags(Generic[Tag]):
     """How the tags are written: as strings, or as tuples of token ids."""
 
-    open: Sequence
-    closes: tuple[Sequence, ...]  # the first is the one written
+    open: Tag
+    closes: tuple[Tag, ...]  # the first is the one written
 
-    @classmethod
-    def of(cls, tokenizer) -> Tags:
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerBase) -> Tags[tuple[int, ...]]:
         """The tags in the ids of `tokenizer`: one id each where they are tokens, else several."""
         ids = [tuple(tokenizer.encode(tag, add_special_tokens=False)) for tag in SPELLINGS]
-        return cls(ids[0], tuple(ids[1:]))
+        return Tags(ids[0], tuple(ids[1:]))
 
     @property
-    def close(self) -> Sequence:
+    def close(self) -> Tag:
         return self.closes[0]
+
+
+class Written(Protocol):
+    """What an offload share is taken of."""
+
+    @property
+    def big_tokens(self) -> int: ...
+
+    @property
+    def small_tokens(self) -> int: ...
+
+
+Counted = TypeVar("Counted", bound=Written)
 
 
 TEXT = Tags(OPEN, (CLOSE, OTHER_CLOSE))
@@ -77,7 +94,8 @@ def wrap(x: Text, spans: Iterable[Span], tags: Tags = TEXT) -> Text:
     Raises:
         ValueError: a span is empty, out of range, or overlaps the one before it.
     """
-    pieces, at = [], 0
+    pieces: list[Text] = []
+    at = 0
     for start, end in spans:
         if not at <= start < end <= len(x):
             raise ValueError(f"span ({start}, {end}) is empty, overlaps another, or leaves 0…{len(x)}")
@@ -107,15 +125,15 @@ def merge(spans: Iterable[Span], gap: int = 0) -> list[Span]:
     return merged
 
 
-def share(traces) -> float:
+def share(traces: Counted | list[Counted] | tuple[Counted, ...]) -> float:
     """Offload share: big / (big + small) over the tokens of a trace or of several, tags left out."""
-    traces = traces if isinstance(traces, list | tuple) else [traces]
-    big = sum(trace.big_tokens for trace in traces)
-    small = sum(trace.small_tokens for trace in traces)
+    several = traces if isinstance(traces, list | tuple) else [traces]
+    big = sum(trace.big_tokens for trace in several)
+    small = sum(trace.small_tokens for trace in several)
     return big / (big + small) if big + small else 0.0
 
 
-def _characters(x: Text) -> str:
+def _characters(x: str | Sequence[int]) -> str:
     """Ids become characters of the same number, so that one regular expression reads both."""
     return x if isinstance(x, str) else "".join(map(chr, x))
 
@@ -123,7 +141,8 @@ def _characters(x: Text) -> str:
 def _read(x: Text, tags: Tags) -> tuple[int, list[Span], Counter[str]]:
     """One pass: length without tags, spans, faults."""
     tag, opening = _pattern(tags)
-    spans, found = [], Counter()
+    spans: list[Span] = []
+    found: Counter[str] = Counter()
     length, start, at = 0, None, 0  # of the text so far; of the open span; in x
     for match in tag.finditer(_characters(x)):
         length += match.start() - at

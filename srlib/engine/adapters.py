@@ -7,13 +7,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from srlib import SrlibError
 from srlib.data.spans import CLOSE, OPEN
 from srlib.params.models import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 
 def add_tags(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -22,7 +23,7 @@ def add_tags(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.convert_tokens_to_ids([OPEN, CLOSE])
 
 
-def write_adapter(trainer, folder: Path) -> None:
+def write_adapter(trainer: Trainer, folder: Path) -> None:
     """Adapter and tokenizer, the same bytes for the same training."""
     for config in trainer.model.peft_config.values():
         config.target_modules = sorted(config.target_modules)  # a set, written in any order
@@ -31,7 +32,7 @@ def write_adapter(trainer, folder: Path) -> None:
     trainer.processing_class.save_pretrained(folder)
 
 
-def ready_for_trl(model) -> None:
+def ready_for_trl(model: PreTrainedModel) -> None:
     """Two mends: for TRL's fused loss, and for 4-bit weights on a CPU."""
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's wrapper around trained rows has none, and TRL asks for it
@@ -41,7 +42,7 @@ def ready_for_trl(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def embedding_rows(model, tokens: list[int] | None) -> dict[str, list[int]] | None:
+def embedding_rows(model: PreTrainedModel, tokens: list[int] | None) -> dict[str, list[int]] | None:
     """The rows of the embeddings to train; the output layer has rows of its own unless it is tied."""
     if tokens is None:
         return None
@@ -62,6 +63,7 @@ def beside(spec: ModelSpec) -> bool:
     Raises:
         SrlibError: it has to be merged, but the weights are quantised.
     """
+    assert spec.adapter is not None
     config = _adapter_config(spec.adapter)
     pure = not (config.get("trainable_token_indices") or config.get("modules_to_save"))
     if spec.quantization != "none" and not pure:
@@ -76,6 +78,7 @@ def merge(spec: ModelSpec) -> Path:
     """Folder with base and adapter of `spec` as one model; made whole or not at all, anew if the adapter is newer."""
     from srlib.engine.models import dtype_of, load_model
 
+    assert spec.adapter is not None
     adapter = Path(spec.adapter)
     folder, dtype = adapter / "merged", str(dtype_of(spec)).removeprefix("torch.")
     mark, source = folder / "source.json", json.dumps({"base": spec.path, "dtype": dtype})

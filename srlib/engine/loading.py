@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from srlib.params.models import ModelSpec
 
+if TYPE_CHECKING:
+    from srlib.engine.protocol import Engine
 
-def load(spec: ModelSpec | str | Path, slots: int = 64):
+
+def load(spec: ModelSpec | str | Path, slots: int = 64) -> Engine:
     """An engine from a model's name or folder.
 
     Args:

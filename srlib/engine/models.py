@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -17,7 +18,7 @@ from srlib.engine.files import check
 from srlib.params.models import ModelSpec
 
 
-def eos_of(generation_config, tokenizer) -> frozenset[int]:
+def eos_of(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The ids that end a text."""
     eos = generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]
@@ -95,14 +96,12 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         logging.set_verbosity(verbosity)
 
 
-def load_tokenizer(spec):
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The tokenizer of a model alone.
 
     Raises:
         SrlibError: there is none.
     """
-    from transformers import AutoTokenizer
-
     try:
         return AutoTokenizer.from_pretrained(spec.adapter or spec.path)
     except OSError as error:

@@ -44,6 +44,8 @@ class ProcessEngine(Running):
         SrlibError: no such model or adapter, or one of its files is damaged.
     """
 
+    ready: Connection
+
     def __init__(self, spec: ModelSpec, slots: int) -> None:
         check(spec)
         super().__init__(spec, slots)
@@ -110,6 +112,7 @@ class ProcessEngine(Running):
         """Take a request back: it is not answered, and the sequence's ids are as they were before it."""
         for name in self._forget(lambda other: other is request):
             self._orders.append(("cancel", name))
+        assert request.start is not None  # it was submitted
         self.truncate(request.sequence, request.start)
 
     def _forget(self, chosen: Callable[[Request], bool]) -> list[int]:
@@ -302,8 +305,8 @@ def serve(orders: Connection, answers: Connection) -> None:
         for request in engine.step():
             shown.pop(request, None)
             written = (request.ids, request.logprobs, request.own, request.watched, request.stopped, request.unsure)
-            error = request.error and str(request.error)
-            told.append((names.pop(request), request.sequence.forwarded, error, written))
+            wrong = request.error and str(request.error)
+            told.append((names.pop(request), request.sequence.forwarded, wrong, written))
         if told:
             asked.answer(("done", told, vars(engine.counters)))
         grown = [r for r in engine.pending if r.live and len(r.ids) > shown.get(r, 0)]
@@ -314,7 +317,7 @@ def serve(orders: Connection, answers: Connection) -> None:
             shown.update((r, len(r.ids)) for r in grown)
 
 
-def _guarded(work, *args: Any) -> Any:
+def _guarded(work: Callable[..., Any], *args: Any) -> Any:
     """What `work` gives, or the error it ends with."""
     try:
         return work(*args)

@@ -29,6 +29,7 @@ from srlib import SrlibError
 from srlib.params import ModelSpec
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -64,7 +65,7 @@ class Sequence:
     processed: int = 0  # keys and values of ids[:processed] are in the cache
     longest: int = 0  # most ids that have been processed at one time
     forwarded: int = 0  # tokens the model has processed for it, those taken back or read again included
-    logits: object = None  # (V,), after the last processed token
+    logits: torch.Tensor | None = None  # (V,), after the last processed token
 
 
 @dataclass(eq=False)
@@ -100,7 +101,7 @@ class Request:
     done: bool = False  # set by who waits for it
     error: SrlibError | None = None  # it failed; nothing above is of use, and the sequence is lost
 
-    def add(self, token: int, logprob: float, tokenizer) -> bool:
+    def add(self, token: int, logprob: float, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Take a decoded token; returns whether the request ends with it."""
         self.ids.append(token)
         self.logprobs.append(logprob)

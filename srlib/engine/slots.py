@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class Row:
     Nothing is gathered or copied; a sequence alone needs no mask and no index either.
     """
 
-    def __init__(self, fresh: Fresh, heads: np.ndarray, device, dtype) -> None:
+    def __init__(self, fresh: Fresh, heads: np.ndarray, device: torch.device, dtype: torch.dtype) -> None:
         ends = fresh.starts + 1
         self.heads = heads.shape  # K, G
         self.length = int(ends.max())  # S
@@ -60,7 +61,9 @@ class Row:
         n = len(fresh.ids)
         return n == len(fresh.slots) == int(fresh.slots[-1]) - int(fresh.slots[0]) + 1
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None):
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
         """Args: query: (1, H, N, D). key, value: the stores. Returns: (1, N, H, D)."""
         _, heads, n, size = query.shape
         q = query[0].transpose(0, 1).reshape(n, *self.heads, size)  # (N, K, G, D)
@@ -72,7 +75,9 @@ class Row:
 class _Group:
     """Sequences of a forward pass that attend in one call, padded to the longest of them."""
 
-    def __init__(self, fresh: Fresh, chosen: np.ndarray, heads: np.ndarray, device, dtype) -> None:
+    def __init__(
+        self, fresh: Fresh, chosen: np.ndarray, heads: np.ndarray, device: torch.device, dtype: torch.dtype
+    ) -> None:
         """Args: chosen: which of the sequences. heads: (K, G) numbers of the query heads of each key."""
         slots, starts, counts = fresh.slots[chosen], fresh.starts[chosen], fresh.counts[chosen]
         self.length = int((starts + counts).max())  # S
@@ -99,7 +104,9 @@ class _Group:
 class Groups:
     """The groups of a forward pass, and where each token finds its answers among theirs."""
 
-    def __init__(self, fresh: Fresh, parts: list[np.ndarray], heads: np.ndarray, device, dtype) -> None:
+    def __init__(
+        self, fresh: Fresh, parts: list[np.ndarray], heads: np.ndarray, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.groups = [_Group(fresh, part, heads, device, dtype) for part in parts]
         order, before = np.empty_like(fresh.positions), 0
         for group in self.groups:
@@ -110,7 +117,9 @@ class Groups:
         self.order = torch.as_tensor(order.ravel(), device=device)  # (N·H,)
         self.heads = heads.size
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None):
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
         """Args: query: (1, H, N, D). key, value: the stores. Returns: (1, N, H, D)."""
         size = query.shape[3]
         packed = query[0].transpose(0, 1).reshape(-1, size)  # (N·H, D)
@@ -148,7 +157,9 @@ class Slots(Cache):
                     store[layer] = x.new_zeros(*x.shape[:2], self.length, x.shape[3])
                     store[layer][:, :, : x.shape[2]] = x
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, ...]:
         answers = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             if layer_idx not in store:
@@ -161,7 +172,16 @@ class Slots(Cache):
         return tuple(answers)
 
 
-def _attend(module, query, key, value, attention_mask, scaling=None, groups: Row | Groups | None = None, **kwargs):
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    groups: Row | Groups | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over the slots: query (1, H, N, D); key and value are the stores. Without `groups` it is SDPA."""
     if groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

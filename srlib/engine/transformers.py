@@ -103,6 +103,7 @@ class TransformersEngine:
         """Take a request back: it is not answered, and the sequence is as it was before it."""
         if request in self.pending:
             self.pending.remove(request)
+        assert request.start is not None  # it was submitted
         self.truncate(request.sequence, request.start)
 
     def run(self, *requests: Request) -> list[Request]:
@@ -284,6 +285,7 @@ class TransformersEngine:
             if request.add(token, logprob, self.tokenizer):
                 ended.add(request)
         for row, sequence in passed.last.values():  # nothing was written after these ids yet
+            assert passed.logits is not None
             sequence.logits = passed.logits[row].clone()
         return ended
 

@@ -49,6 +49,12 @@ class ModelSpec(Section):
     ray: bool = Field(False, description="vllm: the devices are on several machines, under Ray")
     compile: bool = Field(False, description="vllm: compile the model and replay CUDA graphs; slower to start")
 
+    @property
+    def place(self) -> str:
+        """The path, where there is one: `Params` gives every model of a run its own."""
+        assert self.path is not None, "this spec names no model"
+        return self.path
+
     @model_validator(mode="after")
     def _engine_can(self) -> ModelSpec:
         if self.engine == "transformers":

@@ -33,7 +33,7 @@ from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from socket import socketpair
+from socket import socket, socketpair
 from threading import Thread, current_thread
 from typing import Any
 
@@ -58,6 +58,8 @@ class VllmEngine(Running):
         spec: the model; with `url` the one of a server, else it is loaded here.
         slots: how many sequences can be open at the same time.
     """
+
+    ready: socket
 
     def __init__(self, spec: ModelSpec, slots: int) -> None:
         super().__init__(spec, slots)
@@ -99,6 +101,7 @@ class VllmEngine(Running):
         for other in self.collect():  # it may be there already
             if other is not request:
                 self._give(other)
+        assert request.start is not None  # it was submitted
         self.truncate(request.sequence, request.start)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
@@ -194,7 +197,8 @@ class VllmEngine(Running):
             )
 
     async def _decode(self, request: Request, ids: list[int]) -> None:
-        sequence, entropic = request.sequence, request.max_entropy is not None
+        sequence, limit = request.sequence, request.max_entropy
+        entropic = limit is not None
         self._entropic |= entropic
         known = {stop for stop in request.stops if len(stop) == 1}  # vLLM ends at these by itself
         look = entropic or request.stop_texts or len(known) < len(request.stops)
@@ -212,7 +216,7 @@ class VllmEngine(Running):
                 async for piece in pieces:
                     cached, answered = piece.cached if cached is None else cached, True
                     for token, logprobs in zip(piece.ids, piece.logprobs):
-                        if entropic and entropy(logprobs.values()) > request.max_entropy:
+                        if limit is not None and entropy(logprobs.values()) > limit:
                             request.unsure = True
                             break
                         sequence.ids.append(token)
@@ -323,7 +327,7 @@ async def _start(spec: ModelSpec, slots: int) -> Local | Server:
     if spec.device != "auto" and cpu != (spec.device == "cpu"):
         raise SrlibError(f"device is {spec.device}, but the vLLM installed here is for a {'CPU' if cpu else 'GPU'}.")
     lora = spec.adapter if spec.adapter and beside(spec) else None
-    path = spec.path if lora or not spec.adapter else str(merge(spec))
+    path = spec.place if lora or not spec.adapter else str(merge(spec))
     try:
         return Local(arguments(spec, path, slots, lora, cpu), lora)
     except SrlibError:

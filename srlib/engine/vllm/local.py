@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from itertools import count
 from typing import Any
@@ -23,7 +23,7 @@ class Local:
         self.length = self.llm.model_config.max_model_len
         self._names = count()
 
-    def _generate(self, ids: list[int], **asked) -> AsyncIterator:
+    def _generate(self, ids: list[int], **asked: Any) -> AsyncGenerator[Any, None]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         if asked.get("logprob_token_ids"):
@@ -31,7 +31,7 @@ class Local:
         params = SamplingParams(**asked, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA)
         return self.llm.generate({"prompt_token_ids": ids}, params, str(next(self._names)), lora_request=self.lora)
 
-    async def complete(self, ids: list[int], **asked) -> AsyncIterator[Piece]:
+    async def complete(self, ids: list[int], **asked: Any) -> AsyncGenerator[Piece, None]:
         """The tokens vLLM writes after `ids`; to close it before its end aborts the request."""
         async with aclosing(self._generate(ids, **asked)) as outputs:
             async for output in outputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -22,6 +22,7 @@ class Server:
     """An OpenAI server of vLLM that runs already."""
 
     def __init__(self, spec: ModelSpec) -> None:
+        assert spec.url is not None
         self.url = spec.url.rstrip("/").removesuffix("/v1")
         self.model, self.length = served(self.url, spec)
         # The server closes idle connections after 5 s, and to use one just then is an error.
@@ -31,7 +32,7 @@ class Server:
         self._lost = False  # it did not answer when it was last asked
         self._asking = asyncio.Lock()
 
-    async def complete(self, ids: list[int], **asked) -> AsyncIterator[Piece]:
+    async def complete(self, ids: list[int], **asked: Any) -> AsyncGenerator[Piece, None]:
         """The tokens the server writes after `ids`; to close it before its end aborts the request."""
         asked |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
         asked |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
@@ -67,7 +68,7 @@ class Server:
                     "VLLM_SERVER_DEV_MODE=1, where it can read that folder."
                 ) from None
 
-    async def _lines(self, ids: list[int], asked: dict[str, Any]) -> AsyncIterator[str]:
+    async def _lines(self, ids: list[int], asked: dict[str, Any]) -> AsyncGenerator[str, None]:
         """Ask for what comes after `ids`; the lines of the answer. A server that is not there is waited for.
 
         Raises:
