@@ -150,11 +150,12 @@ def test_a_killed_run_goes_on(copy):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert json.loads(manifest.read_text())["stages"]["02_sft"]["state"] == "running"
-    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}")
+    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}", "--until", "03_grpo")
     assert done.returncode == 0, done.stderr
     assert "02_sft           done in" in done.stdout and "01_annotate      unchanged" in done.stdout
     assert "02_sft           runs: was killed\n" in done.stdout
     assert {r["state"] for r in json.loads(manifest.read_text())["stages"].values()} == {"complete"}
+    assert "03_grpo          done in" in done.stdout  # it reads what 02 wrote
 
 
 def test_an_interrupted_run_is_stopped_and_goes_on(tmp_path):
@@ -204,7 +205,7 @@ def test_a_killed_reinforcement_goes_on(copy):
     assert list(trainer.glob("checkpoint-*")), "it was over before it could be killed"
     (trainer / "checkpoint-39").mkdir(exist_ok=True)  # as if it had been killed while it wrote that one
     assert not (run / "03_grpo" / "adapter").exists()
-    done = srlib("run", *settings)
+    done = srlib("run", *settings, "--until", "03_grpo")
     assert done.returncode == 0, done.stderr
     assert "02_sft           unchanged" in done.stdout and "03_grpo          done in" in done.stdout
     log = json.loads((run / "03_grpo" / "log.json").read_text())
