@@ -77,7 +77,9 @@ class Manifest:
         stage, notebook = STAGES[name], NOTEBOOKS / f"{name}.ipynb"
         values = self.p.model_dump()
         parameters = {section: values[section] for section in ("seed", "threads", "pair", "data", *stage.sections)}
-        code = self.code.used(modules.of_notebook(notebook) - RUNNER, without="srlib.run")
+        # Figures are no artefact that another stage reads: a colour is not worth another training.
+        roots = {module for module in modules.of_notebook(notebook) - RUNNER if not module.startswith("srlib.show")}
+        code = self.code.used(roots, without="srlib.run")
         return {
             "parameters": parameters,
             "notebook": digests.of_path(notebook),

@@ -9,6 +9,7 @@ nothing it depends on has changed (a checkpoint is taken up), else empty but for
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 import time
@@ -140,6 +141,7 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
     executed = folder / f"{name}.ipynb"
     manifest.start(name)
     start = time.perf_counter()
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of each section: the notebook checks their names
     try:
         papermill.execute_notebook(
             NOTEBOOKS / f"{name}.ipynb",
