@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from srlib.data import spans
 from srlib.data.spans import Tags
 from srlib.decoding.translate import Bridge
 from srlib.engine.protocol import Engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Duo:
@@ -79,7 +82,7 @@ class Duo:
         return self._time() - self._start
 
 
-def _beginnings(tokenizer, texts: tuple[str, ...]) -> frozenset[int]:
+def _beginnings(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> frozenset[int]:
     """Ids of the tokens that one of `texts` may begin with, with or without space before it."""
     found = []
     for i in range(len(tokenizer)):

@@ -146,7 +146,8 @@ class Offloader(Duo):
             for request in answered:
                 request.done = True
                 if (job := self._waiting.pop(request, None)) is not None:  # else nobody waits for it
-                    self._asked[job.engine] -= 1  # type: ignore[index]
+                    assert job.engine is not None
+                    self._asked[job.engine] -= 1
                     self._advance(job)
         while self._queue and len(self._waiting) < self.under_way:
             job = self._queue.popleft()

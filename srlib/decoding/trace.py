@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from srlib.data import spans
 from srlib.data.spans import Tags
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SMALL, BIG, FORCED = 0, 1, 2  # who wrote a token; FORCED: put in by the controller
 NAN = float("nan")
@@ -29,7 +32,7 @@ class Trace:
     """What two models wrote after one prompt. `ids`, `owners` and `logprobs` run in parallel."""
 
     prompt_ids: list[int]
-    tags: Tags
+    tags: Tags[tuple[int, ...]]
     ids: list[int] = field(default_factory=list)  # tags included, as the small model reads it
     owners: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # nan where FORCED
@@ -73,11 +76,11 @@ class Trace:
         end = self.handovers[-1].start + self.handovers[-1].tokens
         return len(self.prompt_ids) + len(spans.strip(self.ids[:end], self.tags))
 
-    def text(self, tokenizer) -> str:
+    def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The trace without tags."""
         return spans.strip(tokenizer.decode(spans.strip(self.ids, self.tags), skip_special_tokens=True))
 
-    def pieces(self, tokenizer) -> list[tuple[str, bool]]:
+    def pieces(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
         """The trace with its tags, cut where the owner changes: (text, by the big model)."""
         runs = itertools.groupby(zip(self.ids, self.owners), key=lambda token: token[1] == BIG)
         return [(tokenizer.decode([i for i, _ in run]), big) for big, run in runs]

@@ -16,12 +16,16 @@ import itertools
 import json
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from srlib import SrlibError
 from srlib.data.spans import SPELLINGS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 THINK = ("<think>", "</think>")
 # What a vocabulary may lack, as no script needs it: control characters, planes without any character, and
@@ -41,7 +45,7 @@ class Vocabulary:
         SrlibError: some text is lost in it.
     """
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if backend is None:
@@ -82,8 +86,8 @@ class Vocabulary:
             return ids
         changed = {c for c in text if self._exact(c) is None}
         ids = []
-        for alone, run in itertools.groupby(text, changed.__contains__):
-            run = "".join(run)
+        for alone, characters in itertools.groupby(text, changed.__contains__):
+            run = "".join(characters)
             whole = None if alone else self._exact(run)
             ids += whole if whole is not None else [i for c in run for i in self._exact(c) or self._bytewise(c)]
         return ids
@@ -98,7 +102,7 @@ class Vocabulary:
             return self._added[i].encode()
         if self._of_character is not None:
             known = self._of_character.keys() >= set(token)
-            return bytes(map(self._of_character.get, token)) if known else token.encode()
+            return bytes(map(self._of_character.__getitem__, token)) if known else token.encode()
         decoder = self._backend.decoder
         return (decoder.decode(["a", token])[1:] if decoder else token).encode()
 
@@ -118,7 +122,7 @@ class Vocabulary:
             )
         return [i for b in data for i in self._of_byte[b]]
 
-    def _check(self, tokenizer) -> None:
+    def _check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         for data in [*(c.encode() for c in PROBE), *(bytes([b]) for b in sorted(self.lacks - DISPENSABLE))]:
             self.encode(data)
         text = "a" + PROBE  # a space at the very start may be dropped
@@ -128,7 +132,7 @@ class Vocabulary:
             raise SrlibError(f"The tokenizer {self.name} decodes {text[at : at + 9]!r} as {decoded[at : at + 9]!r}.")
 
 
-def check_lossless(tokenizer) -> None:
+def check_lossless(tokenizer: PreTrainedTokenizerBase) -> None:
     """Any text must go through the tokenizer unchanged.
 
     Raises:
@@ -219,7 +223,7 @@ class Bridge:
         SrlibError: the vocabularies differ, and one of them loses text.
     """
 
-    def __init__(self, small, big) -> None:
+    def __init__(self, small: PreTrainedTokenizerBase, big: PreTrainedTokenizerBase) -> None:
         self.same = same_vocabulary(small, big)
         if not self.same:
             self._small, self._big = Vocabulary(small), Vocabulary(big)
@@ -231,7 +235,7 @@ class Bridge:
         return Translator(self._small, self._big), Translator(self._big, self._small)
 
 
-def same_vocabulary(small, big) -> bool:
+def same_vocabulary(small: PreTrainedTokenizerBase, big: PreTrainedTokenizerBase) -> bool:
     """Whether ids mean the same in both tokenizers, srlib's tags aside, which need not be in both."""
     if small is big:
         return True
@@ -239,7 +243,7 @@ def same_vocabulary(small, big) -> bool:
     return ours == theirs
 
 
-def _continuing(state: dict) -> dict:
+def _continuing(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a tokenizer that encodes the rest of a text: no first space, nothing normalised or cut off."""
     for token in state["added_tokens"]:
         token.update(lstrip=False, rstrip=False, normalized=False)
@@ -251,7 +255,7 @@ def _continuing(state: dict) -> dict:
     return {**state, "normalizer": normalizer, "post_processor": None, "truncation": None, "padding": None}
 
 
-def _parts(component: dict | None, key: str) -> list[dict]:
+def _parts(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     """A component, or those of a sequence of them."""
     if component is None:
         return []

@@ -200,7 +200,7 @@ class Writer:
                 self._show(start, STOP_TAIL if tags and o.plain_tags else 0)
                 self.big.read()
         stopped = request.stopped
-        tag = self._settle(stopped) if isinstance(stopped, str) else o.tag_of.get(stopped)
+        tag = self._settle(stopped) if isinstance(stopped, str) else o.tag_of.get(stopped or ())
         self._shaky = 0
         self._end_if(stopped in eos)
         if not self.done:
