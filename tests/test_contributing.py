@@ -48,6 +48,7 @@ def names(pair, tokenizer, tmp_path_factory):
 
 def test_the_package(names):
     assert names["trace"].ids and names["trace"].finish in ("eos", "length")
+    assert names["job"].done and names["ids"] and names["job"].trace.ids[-len(names["ids"]) :] == names["ids"]
 
 
 def test_a_policy(names, prompts):
