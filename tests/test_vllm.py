@@ -37,18 +37,6 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def folders(pair, tokenizer, tmp_path_factory):
-    """The pair on disk."""
-    made = []
-    for name, model in zip(("small", "big"), pair):
-        folder = tmp_path_factory.mktemp("pair") / name
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        made.append(str(folder))
-    return made
-
-
-@pytest.fixture(scope="module")
 def small(folders):
     """The small model under vLLM in this process."""
     with pytest.MonkeyPatch.context() as patch:
