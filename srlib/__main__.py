@@ -9,9 +9,12 @@ import argparse
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from srlib import SrlibError, __version__
+
+if TYPE_CHECKING:
+    from srlib.params import Params
 
 EXIT_CODES = """\
 exit codes:
@@ -150,7 +153,7 @@ def _settings(chosen: Namespace) -> int:
     return 0
 
 
-def _params(chosen: Namespace):
+def _params(chosen: Namespace) -> Params:
     from srlib import params
 
     return params.load(chosen.params, **dict(map(params.parse_override, chosen.set)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from srlib.annotation.alignment import cover
 from srlib.annotation.annotators import _encoded
 from srlib.data.rows import Annotated
 from srlib.data.spans import Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,11 @@ class Agreement:
 
 
 def agreement(
-    rows: Sequence[Annotated], others: dict[str, Sequence[Span]], tokenizer, draws: int = 1000, seed: int = 0
+    rows: Sequence[Annotated],
+    others: dict[str, Sequence[Span]],
+    tokenizer: PreTrainedTokenizerBase,
+    draws: int = 1000,
+    seed: int = 0,
 ) -> Agreement:
     """How far two annotators mark the same tokens: F1, and kappa = (observed − expected) / (1 − expected).
 

@@ -102,7 +102,8 @@ class _Folded:
 
     def __init__(self, text: str) -> None:
         self.original = text
-        pieces, self.at, kept = [], [], 0
+        self.at: list[int] = []
+        pieces, kept = [], 0
         for space in _SPACES.finditer(text):
             if space[1] is None:
                 pieces.append(text[kept : space.start()])
@@ -139,7 +140,8 @@ def _places(snippet: str, haystack: _Folded, min_score: float) -> list[tuple[Spa
 
 
 def _occurrences(needle: str, text: str) -> list[int]:
-    found, at = [], text.find(needle)
+    found: list[int] = []
+    at = text.find(needle)
     while at >= 0 and len(found) < PLACES:
         found.append(at)
         at = text.find(needle, at + 1)
@@ -228,7 +230,8 @@ def _in_order(found: Sequence[list[tuple[Span, float]]]) -> list[tuple[Span | No
     while at is not None:
         chain[at[0]] = at[1]
         at = before[at]
-    taken, answers = set(chain.values()), []
+    taken = set(chain.values())
+    answers: list[tuple[Span | None, float]] = []
     for i, places in enumerate(found):
         free = [p for p in places if p[0].start not in taken]
         place = next((p for p in places if p[0].start == chain.get(i)), None) or next(iter(free or places), None)

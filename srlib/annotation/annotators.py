@@ -14,12 +14,13 @@ import random as random_numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from srlib import SrlibError
 from srlib.annotation import judge, readings, traces
 from srlib.annotation.alignment import Match, align, cover, units, why
 from srlib.annotation.readings import Passage
+from srlib.annotation.traces import worked
 from srlib.data import digests, spans
 from srlib.data.journal import Journal
 from srlib.data.problems import told
@@ -27,10 +28,16 @@ from srlib.data.prompts import encode_prompt
 from srlib.data.rows import Annotated, Problem, write_jsonl
 from srlib.data.spans import Span
 from srlib.engine.models import load_tokenizer
+from srlib.engine.protocol import Engine
 from srlib.params import Annotate, Params
 
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-def run(p: Params, folder: Path, asked: list[Problem], small=None, big=None) -> tuple[list[Annotated], dict[str, Any]]:
+
+def run(
+    p: Params, folder: Path, asked: list[Problem], small: Engine | None = None, big: Engine | None = None
+) -> tuple[list[Annotated], dict[str, Any]]:
     """Annotate traces as the params say; what was asked or read is on the disk at once, and is not done again.
 
     Writes `annotated.jsonl` (a row a trace, the shortest first), `report.json`, and for a judge
@@ -79,19 +86,27 @@ FOUND = ("word for word", "but for case and spaces", "by likeness")
 
 
 def compare(
-    p: Params, folder: Path, asked: list[Problem | Annotated], small=None, big=None
+    p: Params,
+    folder: Path,
+    asked: Sequence[Problem | Annotated],
+    small: Engine | None = None,
+    big: Engine | None = None,
 ) -> dict[str, list[Annotated]]:
     """What the annotators of `p.annotate.compare` mark in the same traces, by name; arguments as of `run`."""
     tokenizer = small.tokenizer if small else load_tokenizer(p.small)
     return {
-        name: list(_annotator(p, folder, name, tokenizer, small, big)(asked))
+        name: [row for row in _annotator(p, folder, name, tokenizer, small, big)(asked) if isinstance(row, Annotated)]
         for name in p.annotate.compare
         if name != p.annotate.method
     }
 
 
 def gap(
-    small, big, problems: list[Problem], config: Annotate, files: tuple[Path | None, Path | None] = (None, None)
+    small: Engine,
+    big: Engine,
+    problems: Sequence[Problem | Annotated],
+    config: Annotate,
+    files: tuple[Path | None, Path | None] = (None, None),
 ) -> Iterator[Annotated]:
     """Mark the tokens with log p_big − log p_small > threshold (nats).
 
@@ -115,14 +130,18 @@ def gap(
     return _by_value(gaps, "gap", problems, config, small.tokenizer)
 
 
-def entropy(small, problems: list[Problem], config: Annotate, file: Path | None = None) -> Iterator[Annotated]:
+def entropy(
+    small: Engine, problems: Sequence[Problem | Annotated], config: Annotate, file: Path | None = None
+) -> Iterator[Annotated]:
     """As `gap`, but for the tokens where the small model's distribution has more entropy than the threshold (nats)."""
     asked = _passages(problems, "entropy", small.tokenizer)
     read = readings.read(small, "entropies", asked, config.batch_size, file)
     return _by_value((values.tolist() for values in read), "entropy", problems, config, small.tokenizer)
 
 
-def random(problems: list[Problem], config: Annotate, tokenizer, seed: int = 0) -> Iterator[Annotated]:
+def random(
+    problems: Sequence[Problem | Annotated], config: Annotate, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+) -> Iterator[Annotated]:
     """Spans of 1 to `max_span_tokens` tokens at random places, until they are `share` of the trace."""
     for problem in problems:
         offsets = _encoded(tokenizer, problem)["offset_mapping"]
@@ -133,26 +152,26 @@ def random(problems: list[Problem], config: Annotate, tokenizer, seed: int = 0) 
             start = rng.randint(0, n - size)
             marked.update(range(start, start + size))
         chosen = [Span(i, i + 1) for i in marked]
-        whole = units(problem.trace, offsets)
+        whole = units(worked(problem), offsets)
         yield _annotated(problem, settle(chosen, n, config, whole, lambda *_, rng=rng: rng.random()), offsets, "random")
 
 
-def given(problems: list[Problem], tokenizer) -> Iterator[Annotated | str]:
+def given(problems: Sequence[Problem | Annotated], tokenizer: PreTrainedTokenizerBase) -> Iterator[Annotated | str]:
     """The spans that the tags in the traces mark, either spelling of the closing one; a string: what is wrong."""
     for problem in problems:
-        faults, marked = spans.faults(problem.trace), spans.parse(problem.trace)
+        faults, marked = spans.faults(worked(problem)), spans.parse(worked(problem))
         if faults or not marked:
             names = ", ".join(sorted(faults))
             yield f"tags are {names}" if faults else "no span is marked"
             continue
-        plain = problem.model_copy(update={"trace": spans.strip(problem.trace)})
+        plain = problem.model_copy(update={"trace": spans.strip(worked(problem))})
         offsets = _encoded(tokenizer, plain)["offset_mapping"]
         tokens = spans.merge(cover(span, offsets) for span in marked)
         share = sum(end - start for start, end in tokens) / len(offsets)
         yield _annotated(plain, tokens, offsets, "given").model_copy(update={"spans": marked, "share": share})
 
 
-def by_token(small, big, problem: Problem) -> list[dict[str, Any]]:
+def by_token(small: Engine, big: Engine, problem: Problem) -> list[dict[str, Any]]:
     """What `gap` sees of one trace: each token, its log-probability by either model, and the difference."""
     prompt, trace = encode_prompt(small.tokenizer, problem.prompt), _encoded(small.tokenizer, problem)["input_ids"]
     by = [model.score([prompt + trace])[0][len(prompt) - 1 :] for model in (small, big)]
@@ -192,7 +211,7 @@ def settle(
     return spans.merge(kept)
 
 
-def check_vocabularies(small, big) -> None:
+def check_vocabularies(small: PreTrainedTokenizerBase, big: PreTrainedTokenizerBase) -> None:
     """Two tokenizers must agree on every id of the big one.
 
     Raises:
@@ -207,7 +226,7 @@ def check_vocabularies(small, big) -> None:
         )
 
 
-def _passages(problems: list[Problem], name: str, tokenizer) -> list[Passage]:
+def _passages(problems: Sequence[Problem | Annotated], name: str, tokenizer: PreTrainedTokenizerBase) -> list[Passage]:
     for problem in problems:
         if not problem.trace:
             raise SrlibError(f"Problem {problem.id} has no worked trace, and the {name} annotator needs one.")
@@ -215,19 +234,25 @@ def _passages(problems: list[Problem], name: str, tokenizer) -> list[Passage]:
 
 
 def _by_value(
-    read: Iterable[list[float]], name: str, problems: list[Problem], config: Annotate, tokenizer
+    read: Iterable[list[float]],
+    name: str,
+    problems: Sequence[Problem | Annotated],
+    config: Annotate,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[Annotated]:
     """Rows by a number for each token."""
     for problem, values in zip(problems, read):
         offsets = _encoded(tokenizer, problem)["offset_mapping"]
-        yield _annotated(problem, choose(values, config, units(problem.trace, offsets)), offsets, name)
+        yield _annotated(problem, choose(values, config, units(worked(problem), offsets)), offsets, name)
 
 
-def _encoded(tokenizer, problem: Problem | Annotated):
+def _encoded(tokenizer: PreTrainedTokenizerBase, problem: Problem | Annotated) -> BatchEncoding:
     return tokenizer(problem.trace, add_special_tokens=False, return_offsets_mapping=True)
 
 
-def _annotated(problem: Problem, marked: list[Span], offsets: Sequence[tuple[int, int]], name: str) -> Annotated:
+def _annotated(
+    problem: Problem | Annotated, marked: list[Span], offsets: Sequence[tuple[int, int]], name: str
+) -> Annotated:
     """The row for spans in tokens."""
     characters = [Span(offsets[start][0], offsets[end - 1][1]) for start, end in marked]
     return Annotated(
@@ -239,23 +264,33 @@ def _annotated(problem: Problem, marked: list[Span], offsets: Sequence[tuple[int
 
 
 def _annotator(
-    p: Params, folder: Path, name: str, tokenizer, small, big
-) -> Callable[[list[Problem]], Iterator[Annotated | str]]:
+    p: Params, folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, small: Engine | None, big: Engine | None
+) -> Callable[[Sequence[Problem | Annotated]], Iterator[Annotated | str]]:
     """An annotator that needs no asking, ready to be given traces."""
     config = p.annotate
 
     def scores() -> tuple[Path, Path]:
         return readings.journal(folder, p.small, "score"), readings.journal(folder, p.big, "score")
 
+    def entropies() -> Path:
+        return readings.journal(folder, p.small, "entropies")
+
     return {
-        "gap": lambda asked: gap(small, big, asked, config, scores()),
-        "entropy": lambda asked: entropy(small, asked, config, readings.journal(folder, p.small, "entropies")),
+        "gap": lambda asked: gap(_loaded(small), _loaded(big), asked, config, scores()),
+        "entropy": lambda asked: entropy(_loaded(small), asked, config, entropies()),
         "random": lambda asked: random(asked, config, tokenizer, p.seed),
         "given": lambda asked: given(asked, tokenizer),
     }[name]
 
 
-def _judged(p: Params, folder: Path, asked: list[Problem], tokenizer) -> tuple[list[Annotated | str], dict[str, Any]]:
+def _loaded(engine: Engine | None) -> Engine:
+    assert engine is not None, "`annotate.engines` names it"
+    return engine
+
+
+def _judged(
+    p: Params, folder: Path, asked: list[Problem], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Annotated | str], dict[str, Any]]:
     """Rows by a judge, or why there is none, and what asking took; writes the passages that were not found."""
     config = p.annotate
     expected = judge.estimate(asked, config, tokenizer)
@@ -266,7 +301,8 @@ def _judged(p: Params, folder: Path, asked: list[Problem], tokenizer) -> tuple[l
     with Journal(folder / f"judge-{_digest(p)}.journal.jsonl") as journal:
         judge.ask(_judge(p), asked, config, journal, expected)
         answers = [journal.records[traces.key(problem)] for problem in asked]
-    usage, made = judge.Usage(), []
+    usage = judge.Usage()
+    made: list[Annotated | str] = []
     found: list[tuple[str, str, str]] = []
     for problem, answer in zip(asked, answers):
         usage.add(answer)
@@ -279,16 +315,21 @@ def _judged(p: Params, folder: Path, asked: list[Problem], tokenizer) -> tuple[l
 
 
 def _row(
-    problem: Problem, answer: dict[str, Any], config: Annotate, tokenizer, found: list[tuple[str, str, str]]
+    problem: Problem,
+    answer: dict[str, Any],
+    config: Annotate,
+    tokenizer: PreTrainedTokenizerBase,
+    found: list[tuple[str, str, str]],
 ) -> Annotated | str:
     """The row of a trace by a judge's answer, or why there is none; adds each passage to `found`, with how."""
     if answer["reason"]:
         return answer["reason"]
-    matches = align(answer["snippets"], problem.trace, config.min_score)
-    found += ((problem.id, s, _how(s, m, problem.trace)) for s, m in zip(answer["snippets"], matches))
+    trace = worked(problem)
+    matches = align(answer["snippets"], trace, config.min_score)
+    found += ((problem.id, s, _how(s, m, trace)) for s, m in zip(answer["snippets"], matches))
     offsets = _encoded(tokenizer, problem)["offset_mapping"]
     marked = [cover(Span(match.start, match.end), offsets) for match in matches if match]
-    whole = units(problem.trace, offsets)
+    whole = units(trace, offsets)
     # Where a judge marks more than it may, its longest passages stay: fewest hand-overs for the share.
     chosen = settle(marked, len(offsets), config, whole, lambda _, span: span.end - span.start)
     return _annotated(problem, chosen, offsets, "judge") if chosen else "no passage is within the budget"

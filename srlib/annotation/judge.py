@@ -17,10 +17,10 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -29,7 +29,11 @@ from srlib.annotation import traces
 from srlib.annotation.alignment import align
 from srlib.data.journal import Journal
 from srlib.data.rows import Problem
+from srlib.engine.protocol import Engine
 from srlib.params import Annotate, Judge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT = """\
 You will see a problem and a worked solution. A small language model is to write such solutions, \
@@ -112,7 +116,7 @@ def read(answer: str | None, trace: str, min_score: float) -> tuple[list[str], s
     return snippets, ""
 
 
-def estimate(problems: Sequence[Problem], config: Annotate, tokenizer) -> Usage:
+def estimate(problems: Sequence[Problem], config: Annotate, tokenizer: PreTrainedTokenizerBase) -> Usage:
     """What judging `problems` should take, if every first answer is good and marks the share asked for.
 
     Tokens are those of `tokenizer`, counted on at most `SAMPLE` of the traces; a judge that thinks
@@ -123,29 +127,28 @@ def estimate(problems: Sequence[Problem], config: Annotate, tokenizer) -> Usage:
     def tokens(texts: list[str]) -> int:
         return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
 
-    characters = sum(len(problem.prompt) + len(problem.trace) for problem in some)
-    scale = sum(len(p.prompt) + len(p.trace) for p in problems) / max(1, characters)
+    characters = sum(len(problem.prompt) + len(traces.worked(problem)) for problem in some)
+    scale = sum(len(p.prompt) + len(traces.worked(p)) for p in problems) / max(1, characters)
     read_ = scale * tokens([prompt_of(problem, config.share) for problem in some]) + FRAME * len(problems)
-    quoted = config.share * scale * tokens([problem.trace for problem in some])
+    quoted = config.share * scale * tokens([traces.worked(problem) for problem in some])
     return Usage(len(problems), round(read_), round(quoted * (1 + FENCES / PASSAGE)))
 
 
-def ask(judge, problems: list[Problem], config: Annotate, journal: Journal, expected: Usage) -> None:
+def ask(judge: Endpoint | Local, problems: list[Problem], config: Annotate, journal: Journal, expected: Usage) -> None:
     """Ask `judge` about the problems that the journal has no answer for, and write down every answer as it comes.
 
     Args:
-        judge: an `Endpoint` or a `Local`.
         expected: what all of `problems` should take; see `estimate`.
 
     Raises:
         SrlibError: it would cost more than `max_cost`, now or by what it has cost so far, or the
             judge cannot be asked. What was answered is in the journal.
     """
-    todo = {traces.key(problem): problem for problem in problems}
+    named = {traces.key(problem): problem for problem in problems}
     spent = Usage()
-    for record in (journal.records[name] for name in todo if name in journal.records):
+    for record in (journal.records[name] for name in named if name in journal.records):
         spent.add(record)
-    todo = [problem for name, problem in todo.items() if name not in journal.records]
+    todo = [problem for name, problem in named.items() if name not in journal.records]
     if not todo:
         return
     limit, price = config.judge.max_cost, expected.cost(config.judge)
@@ -163,7 +166,7 @@ def ask(judge, problems: list[Problem], config: Annotate, journal: Journal, expe
             for verdict in answers:
                 spent.add(verdict.usage)
                 bar.update()
-                cost, done = spent.cost(config.judge), len(problems) - bar.total + bar.n
+                cost, done = spent.cost(config.judge), len(problems) - len(todo) + bar.n
                 bar.set_postfix(cost=f"{cost:.2f} of {cost / done * len(problems):.2f}", refresh=False)
                 failed.append(verdict)
                 if not verdict.failed:
@@ -218,13 +221,14 @@ class Endpoint:
         """Ask no more, and raise `fault` when what is under way has ended."""
         self._fault = self._fault or fault
 
-    def judge(self, problems: list[Problem], config: Annotate) -> Iterator[Verdict]:
+    def judge(self, problems: list[Problem], config: Annotate) -> Generator[Verdict, None, None]:
         """A verdict for each of `problems`, as they come, `concurrency` at a time.
 
         Raises:
             SrlibError: after the last verdict that came, if the run was stopped.
         """
-        waiting, under_way = iter(problems), set()
+        waiting = iter(problems)
+        under_way: set[Future[Verdict | None]] = set()
         with ThreadPoolExecutor(self.config.concurrency) as pool:
             try:
                 while True:
@@ -300,9 +304,9 @@ class Endpoint:
             text = answer.choices[0].message.content
         except (AttributeError, IndexError, TypeError):
             return [], "malformed answer"
-        return read(text, verdict.problem.trace, config.min_score)
+        return read(text, traces.worked(verdict.problem), config.min_score)
 
-    def _sending(self, _) -> None:
+    def _sending(self, _: Any) -> None:
         """Before every request, those that the client makes again included: count it, and keep the rate."""
         self._sent.requests += 1
         with self._lock:
@@ -317,13 +321,9 @@ class Endpoint:
 
 
 class Local:
-    """A model that is loaded here.
+    """A model that is loaded here."""
 
-    Args:
-        engine: of `srlib.engine`.
-    """
-
-    def __init__(self, config: Judge, engine, batch_size: int, seed: int = 0) -> None:
+    def __init__(self, config: Judge, engine: Engine, batch_size: int, seed: int = 0) -> None:
         self.config, self.engine, self.batch_size, self.seed = config, engine, batch_size, seed
         self.name, self._fault = "The local judge", ""
 
@@ -331,7 +331,7 @@ class Local:
         """Ask no more, and raise `fault`."""
         self._fault = fault
 
-    def judge(self, problems: list[Problem], config: Annotate) -> Iterator[Verdict]:
+    def judge(self, problems: list[Problem], config: Annotate) -> Generator[Verdict, None, None]:
         """A verdict for each of `problems`, `batch_size` at a time.
 
         Raises:
@@ -362,7 +362,7 @@ class Local:
                         yield verdict
                         continue
                     text = answer.text(writer.tokenizer)
-                    verdict.snippets, verdict.reason = read(text, verdict.problem.trace, config.min_score)
+                    verdict.snippets, verdict.reason = read(text, traces.worked(verdict.problem), config.min_score)
                     if verdict.reason:
                         again.append(verdict)
                     else:
@@ -373,7 +373,7 @@ class Local:
                 raise SrlibError(self._fault)
 
 
-def _verdicts(done: set[Future]) -> list[Verdict]:
+def _verdicts(done: set[Future[Verdict | None]]) -> list[Verdict]:
     return [verdict for future in done if (verdict := future.result()) is not None]
 
 

@@ -13,17 +13,22 @@ from contextlib import nullcontext
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from srlib.annotation.traces import worked
 from srlib.data import digests
 from srlib.data.journal import Journal
 from srlib.data.modules import Code
 from srlib.data.prompts import encode_prompts
 from srlib.data.rows import Annotated, Problem
+from srlib.engine.protocol import Engine
 from srlib.params import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 What = Literal["score", "entropies"]  # methods of an engine
 
@@ -39,10 +44,10 @@ class Passage(NamedTuple):
         return f"{sha256(self.ids.tobytes()).hexdigest()[:24]}:{self.prompt}"
 
 
-def passages(problems: Sequence[Problem | Annotated], tokenizer) -> list[Passage]:
+def passages(problems: Sequence[Problem | Annotated], tokenizer: PreTrainedTokenizerBase) -> list[Passage]:
     """The traces of `problems` behind their prompts, as a model reads them."""
     prompts = encode_prompts(tokenizer, [problem.prompt for problem in problems])
-    traces = (tokenizer.encode(problem.trace, add_special_tokens=False) for problem in problems)
+    traces = (tokenizer.encode(worked(problem), add_special_tokens=False) for problem in problems)
     return [Passage(np.array(a + b, dtype="<i4"), len(a)) for a, b in zip(prompts, traces)]
 
 
@@ -53,7 +58,9 @@ def journal(folder: Path, spec: ModelSpec, what: What) -> Path:
     return folder / f"{what}-{digests.of(decides, 8)}.journal.jsonl"
 
 
-def read(engine, what: What, asked: Sequence[Passage], batch_size: int, file: Path | None = None) -> list[np.ndarray]:
+def read(
+    engine: Engine, what: What, asked: Sequence[Passage], batch_size: int, file: Path | None = None
+) -> list[np.ndarray]:
     """What a model reads of each token of each trace, in float32.
 
     Args:

@@ -13,13 +13,14 @@ from tqdm.auto import tqdm
 from srlib import SrlibError
 from srlib.data import digests, grade, problems, spans
 from srlib.data.journal import Journal
-from srlib.data.rows import Problem
+from srlib.data.rows import Annotated, Problem
 from srlib.decoding.policies import Always
 from srlib.decoding.scheduler import Offloader
+from srlib.engine.protocol import Engine
 from srlib.params import Annotate, Offload, Params
 
 
-def gather(p: Params, folder: Path, big=None) -> tuple[list[Problem], Counter[str]]:
+def gather(p: Params, folder: Path, big: Engine | None = None) -> tuple[list[Problem], Counter[str]]:
     """The traces that stage 01 annotates, and how many were dropped, by reason.
 
     With `annotate.tries` they are written here, with a journal in `folder`. Tags that a trace has
@@ -41,8 +42,14 @@ def gather(p: Params, folder: Path, big=None) -> tuple[list[Problem], Counter[st
         if not found:
             raise SrlibError(f"The big model wrote no right trace: {problems.told(dropped)}.")
     if config.method != "given":
-        found = [problem.model_copy(update={"trace": spans.strip(problem.trace)}) for problem in found]
+        found = [problem.model_copy(update={"trace": spans.strip(worked(problem))}) for problem in found]
     return found, dropped
+
+
+def worked(problem: Problem | Annotated) -> str:
+    """The trace of a problem that has one."""
+    assert problem.trace is not None, f"problem {problem.id} has no worked trace"
+    return problem.trace
 
 
 def key(problem: Problem) -> str:
@@ -52,7 +59,7 @@ def key(problem: Problem) -> str:
 
 
 def write(
-    big, asked: list[Problem], config: Annotate, offload: Offload, seed: int, journal: Journal
+    big: Engine | None, asked: list[Problem], config: Annotate, offload: Offload, seed: int, journal: Journal
 ) -> tuple[list[Problem], Counter[str]]:
     """The problems with traces that the big model wrote, each the first of up to `config.tries` with the right answer.
 
@@ -68,7 +75,8 @@ def write(
         journal.append(*_sampled(big, batch, config, offload, seed))
         bar.update(len(batch))
     bar.close()
-    written, dropped = [], Counter()
+    written: list[Problem] = []
+    dropped: Counter[str] = Counter()
     for problem in asked:
         record = journal.records[key(problem)]
         if record["trace"] is None:
@@ -78,7 +86,9 @@ def write(
     return written, dropped
 
 
-def _sampled(big, batch: list[Problem], config: Annotate, offload: Offload, seed: int) -> Iterator[dict[str, Any]]:
+def _sampled(
+    big: Engine | None, batch: list[Problem], config: Annotate, offload: Offload, seed: int
+) -> Iterator[dict[str, Any]]:
     """A record for each problem of `batch`; those without a right trace so far are tried again."""
     left = batch
     settings = offload.settings | {"temperature": config.temperature}

@@ -33,7 +33,8 @@ from srlib.decoding.policies import Always, Learned, Never, Random, Speculative
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import BIG, Trace
 from srlib.decoding.translate import same_vocabulary
-from srlib.engine.protocol import Request
+from srlib.engine.protocol import Engine, Request
+from srlib.engine.transformers import TransformersEngine
 from srlib.params import Params, paths, slots_for
 from srlib.run import stages
 
@@ -133,11 +134,11 @@ def _measure(writer: Offloader, prompts: list[Any]) -> dict[str, float]:
     writer.raise_if_failed(traces)
     after = [(e.counters.seconds, e.counters.reread_tokens, e.counters.forward_tokens) for e in writer.engines]
     busy, reread, forward = zip(*[[y - x for x, y in zip(a, b)] for a, b in zip(before, after)])
-    by = {e: b / seconds for e, b in zip(writer.engines, busy)}
+    by: dict[Engine | None, float] = {e: b / seconds for e, b in zip(writer.engines, busy)}
     small, big = by.get(writer.small, 0.0), by.get(writer.big, 0.0)
     controller = writer.controller_seconds / seconds
     at_work = max(small, big) if writer.concurrent else small + big
-    again = dict(zip(writer.engines, reread))
+    again: dict[Engine | None, int] = dict(zip(writer.engines, reread))
     tokens = _tokens(traces)
     for side, e in (("small_read", writer.small), ("big_read", writer.big)):
         tokens[side] = max(0, tokens[side] - again.get(e, 0))
@@ -194,8 +195,9 @@ def _median(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def _generate(small, encoded: list[list[int]], batch: int, p: Params) -> dict[str, float]:
+def _generate(small: Engine, encoded: list[list[int]], batch: int, p: Params) -> dict[str, float]:
     """The small model through transformers' own `generate`, `batch` prompts at a time, greedy."""
+    assert isinstance(small, TransformersEngine), "no other engine works in steps"
     eos = sorted(small.eos)
     small.model.set_attn_implementation("sdpa")
     tokens, start = 0, time.perf_counter()
@@ -215,10 +217,10 @@ def _generate(small, encoded: list[list[int]], batch: int, p: Params) -> dict[st
     return {"small_tokens": tokens, "under_way": batch, "seconds": seconds, "tokens_per_s": tokens / seconds}
 
 
-def _closing_check(small, encoded: list[list[int]], p: Params) -> dict[str, float]:
+def _closing_check(small: Engine, encoded: list[list[int]], p: Params) -> dict[str, float]:
     """Seconds of a pass that asks at each of n tokens, and of n passes, relative to one that only reads them."""
     n = min(p.offload.span_budget, 8)
-    timed = {"read": [], "one_pass": [], "separate": []}
+    timed: dict[str, list[float]] = {"read": [], "one_pass": [], "separate": []}
     for _ in range(p.bench.repeats + 1):
         sequences = [small.open([]) for _ in encoded]
         small.run(*(Request(s, feed=ids) for s, ids in zip(sequences, encoded)))

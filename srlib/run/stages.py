@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from srlib import SrlibError
 
 if TYPE_CHECKING:
+    from srlib.params.models import ModelSpec
     from srlib.params.run import Params
     from srlib.params.stages import Source
 
@@ -98,24 +99,33 @@ class Artefact:
 
 
 def artefacts(p: Params) -> dict[str, Artefact]:
-    from srlib import engine
     from srlib.data import problems
     from srlib.data.rows import Annotated, read_jsonl
 
     results = p.where("05_evaluate") / "results.json"
     own_pair = p.pair.small.path is not None and p.pair.big.path is not None
     return {
-        "pair": Artefact((p.small.path, p.big.path), lambda: (engine.check(p.small), engine.check(p.big)), own_pair),
+        "pair": Artefact(_named(p.small.path, p.big.path), lambda: _whole(p.small, p.big), own_pair),
         "traces": Artefact((p.traces.file or p.traces.path,), lambda: problems.traces(p, 1), p.data.traces is not None),
         "test": Artefact((p.test.file or p.test.path,), lambda: _readable(p.test), p.data.test is not None),
         "annotated": Artefact((p.annotated,), lambda: read_jsonl(p.annotated, Annotated)),
-        "adapter": Artefact(
-            (p.tuned.adapter or p.tuned.path,), lambda: engine.check(p.tuned), p.pair.tuned is not None
-        ),
-        "reinforced": Artefact((p.reinforced.adapter,), lambda: engine.check(p.reinforced)),
+        "adapter": Artefact(_named(p.tuned.adapter or p.tuned.path), lambda: _whole(p.tuned), p.pair.tuned is not None),
+        "reinforced": Artefact(_named(p.reinforced.adapter), lambda: _whole(p.reinforced)),
         "results": Artefact((results,), lambda: _there(results)),
         "sweep": Artefact((p.run_dir / "sweep.json",), lambda: _there(p.run_dir / "sweep.json")),
     }
+
+
+def _named(*paths: str | None) -> tuple[str, ...]:
+    """Those of `paths` that are set."""
+    return tuple(path for path in paths if path is not None)
+
+
+def _whole(*specs: ModelSpec) -> None:
+    from srlib import engine
+
+    for spec in specs:
+        engine.check(spec)
 
 
 def _readable(source: Source) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -21,7 +23,8 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _axes(width: float = 6.0, height: float = 3.6, columns: int = 1):
+def _axes(width: float = 6.0, height: float = 3.6, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure and its axes: one, or an array of `columns`."""
     sns.set_theme(style="whitegrid", context="notebook")
     return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
 
@@ -97,7 +100,10 @@ def span_positions(
     """
     figure, panels = _axes(10 if lengths is None else 14, 3.6, columns=2 if lengths is None else 3)
     left, right = panels[:2]
-    drawn = [(left, positions, "relative position in the trace"), (right, shares, "share of tokens")]
+    drawn: list[tuple[Axes, Mapping[str, Sequence[float]], str]] = [
+        (left, positions, "relative position in the trace"),
+        (right, shares, "share of tokens"),
+    ]
     if lengths is not None:
         drawn.append((panels[2], lengths, "characters in a span"))
     for axes, data, label in drawn:
@@ -194,7 +200,7 @@ def front(rows: Sequence[dict]) -> Figure:
     return figure
 
 
-def _share_against_accuracy(axes, row: dict, measured: str) -> None:
+def _share_against_accuracy(axes: Axes, row: dict, measured: str) -> None:
     """Labels, percentages, legend, and in the title what was `measured` and how."""
     axes.set(xlabel="offload share (tokens by the big model)", ylabel="accuracy")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -207,13 +213,15 @@ def _measured(row: dict, measured: str) -> str:
     return f"{measured}, {row['samples_per_problem']} sample(s) a problem, ≤ {row['max_tokens']} tokens; 95 % intervals"
 
 
-def _running_mean(axes, x: Sequence[float], values: Sequence[float], window: int, **style) -> None:
+def _running_mean(
+    axes: Axes, x: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, window: int, **style: Any
+) -> None:
     """A running mean in full colour over the raw values in pale."""
     (line,) = axes.plot(x[window - 1 :], np.convolve(values, np.ones(window) / window, mode="valid"), **style)
     axes.plot(x, values, alpha=0.25, color=line.get_color())
 
 
-def _points(axes, rows: Sequence[dict], colour, label: str, **style) -> None:
+def _points(axes: Axes, rows: Sequence[dict], colour: Any, label: str, **style: Any) -> None:
     values = np.array([row["accuracy"] for row in rows])
     error = np.abs(np.array([row["ci95"] for row in rows]).T - values)
     axes.errorbar([row["offload_share"] for row in rows], values, error, color=colour, label=label, capsize=3, **style)

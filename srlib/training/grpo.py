@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig, GRPOTrainer
 
@@ -28,16 +30,16 @@ from srlib.data.problems import traces as load_traces
 from srlib.data.rows import Problem
 from srlib.engine.adapters import ready_for_trl
 from srlib.engine.models import device_of, dtype_of, load_model
-from srlib.engine.transformers import TransformersEngine
+from srlib.engine.protocol import Engine
 from srlib.params import Grpo, ModelSpec, Offload, Params
-from srlib.training.rewards import REWARDS, Targets, weights
+from srlib.training.rewards import REWARDS, Rollout, Targets, weights
 from srlib.training.rollouts import Rollouts, Synchronised
 from srlib.training.sft import save_adapter
 
 
 def train(
     tuned: ModelSpec,
-    big: TransformersEngine,
+    big: Engine | None,
     problems: list[Problem],
     config: Grpo,
     offload: Offload,
@@ -52,7 +54,7 @@ def train(
 
     Args:
         tuned: the small model with the adapter of stage 02.
-        big: engine of the big model; never trained.
+        big: engine of the big model; never trained. None: `rollout` is self.
         speed: the latency model of the reward.
         rollout_small: the small model on vLLM, where it is to write the rollouts.
 
@@ -136,10 +138,16 @@ def run(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
     return train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, folder, small)
 
 
-def _for_trl(name: str, targets: Targets, logs: bool):
+def _for_trl(name: str, targets: Targets, logs: bool) -> Callable[..., list[float]]:
     """A reward as TRL calls it; one of them also `logs` the mean offload share, whatever rewards are paid."""
 
-    def reward(prompts, completions, rollout, log_metric, **kwargs) -> list[float]:
+    def reward(
+        prompts: list[Any],
+        completions: list[Any],
+        rollout: Sequence[Rollout],
+        log_metric: Callable[[str, float], None],
+        **kwargs: Any,
+    ) -> list[float]:
         if logs:
             log_metric("offload_share", sum(r.share for r in rollout) / len(rollout))
         return REWARDS[name](rollout, targets)
@@ -151,21 +159,32 @@ def _for_trl(name: str, targets: Targets, logs: bool):
 class _Progress(TrainerCallback):
     """One bar, with reward, accuracy and offload share of the last step."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         here = state.is_world_process_zero
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="grpo", unit="step", mininterval=1, disable=not here
         )
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs and "reward" in logs:
             shown = {"reward": "reward", "accuracy": "rewards/accuracy/mean", "share": "offload_share"}
             self.bar.set_postfix(
                 {name: f"{logs[key]:.3f}" for name, key in shown.items() if key in logs}, refresh=False
             )
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar.close()

@@ -46,6 +46,7 @@ def launch(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
         command.append(f"--config_file={find(config)}" if config else "--multi_gpu")
     command += ["-m", "srlib.training.launch", str(job)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
+        assert process.stdout is not None
         try:
             # newline="": a progress bar's carriage returns are kept as they are
             for line in io.TextIOWrapper(process.stdout, newline="", errors="replace"):

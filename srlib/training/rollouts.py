@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -17,18 +19,29 @@ from srlib.decoding.policies import Learned, Never
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import SMALL, Trace
 from srlib.engine.adapters import write_adapter
+from srlib.engine.protocol import Engine
 from srlib.engine.transformers import TransformersEngine
 from srlib.params.models import ModelSpec
 from srlib.params.stages import Grpo, Offload
 from srlib.training.rewards import Rollout
+
+if TYPE_CHECKING:
+    from srlib.engine.vllm.engine import VllmEngine
 
 
 class Rollouts:
     """TRL's `rollout_func`: a prompt in, a trace by two models out."""
 
     def __init__(
-        self, tokenizer, big, problems: list[Problem], config: Grpo, offload: Offload, seed: int, samples: Path
-    ):
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        big: Engine | None,
+        problems: list[Problem],
+        config: Grpo,
+        offload: Offload,
+        seed: int,
+        samples: Path,
+    ) -> None:
         self.tokenizer, self.big, self.config = tokenizer, big, config
         self.offload = offload.model_copy(update={"batch_size": config.rollouts_at_once or offload.batch_size})
         self.problems = {problem.prompt: problem for problem in problems}
@@ -75,7 +88,7 @@ class Rollouts:
             "env_mask": [[int(o) for o in os] for os in own],
         }
 
-    def write(self, small, prompts: list[str], step: int) -> list[Trace]:
+    def write(self, small: Engine | None, prompts: list[str], step: int) -> list[Trace]:
         """One trace a prompt, with the current weights; the seed moves on with the step."""
         alone = self.config.rollout == "self"
         settings = self.offload.settings
@@ -119,7 +132,7 @@ class Synchronised:
 
     def __init__(self, trainer: GRPOTrainer, spec: ModelSpec, slots: int, folder: Path) -> None:
         self.trainer, self.spec, self.slots, self.folder = trainer, spec, slots, folder
-        self.engine = None
+        self.engine: VllmEngine | None = None
 
     def sync_weights(self) -> None:
         """Called by TRL."""
@@ -136,7 +149,7 @@ class Synchronised:
             if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
                 device = str(accelerator.device)
             own = {"path": str(merged), "adapter": None, "device": device}
-            self.engine = engine.load(self.spec.model_copy(update=own), self.slots)
+            self.engine = cast("VllmEngine", engine.load(self.spec.model_copy(update=own), self.slots))
             if not self.spec.url:
                 return
         if first or not self.spec.url:

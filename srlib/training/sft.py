@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from srlib import SrlibError
@@ -94,7 +94,7 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     return log
 
 
-def save_adapter(trainer, folder: Path) -> None:
+def save_adapter(trainer: Trainer, folder: Path) -> None:
     """Adapter and tokenizer to `folder/adapter`; checkpoints are removed."""
     write_adapter(trainer, folder / "adapter")
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
