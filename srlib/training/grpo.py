@@ -69,33 +69,7 @@ def train(
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=[_for_trl(name, targets, logs=i == 0) for i, name in enumerate(paid)],
-        args=GRPOConfig(
-            output_dir=str(folder / "trainer"),
-            max_steps=config.max_steps,
-            per_device_train_batch_size=config.batch_size // config.processes // config.gradient_accumulation_steps,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,  # rollouts are written all at once
-            num_generations=config.num_generations,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=min(5, config.max_steps // 10),
-            temperature=config.temperature,
-            beta=config.beta,
-            loss_type=config.loss_type,
-            scale_rewards=config.scale_rewards,
-            multi_objective_aggregation=config.aggregation,
-            reward_weights=list(paid.values()),
-            max_completion_length=offload.max_tokens,
-            gradient_checkpointing=config.gradient_checkpointing,
-            bf16=dtype_of(tuned) == torch.bfloat16,
-            use_cpu=device_of(tuned) == "cpu",
-            logging_steps=1,
-            save_steps=config.save_steps,
-            save_total_limit=1,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            seed=seed,
-        ),
+        args=_arguments(tuned, config, offload, seed, folder),
         train_dataset=Dataset.from_list([{"prompt": problem.prompt} for problem in problems]),
         processing_class=tokenizer,
         rollout_func=rollouts,
@@ -107,15 +81,7 @@ def train(
         rollouts.vllm = Synchronised(trainer, rollout_small, rollouts.offload.slots, folder / "rollouts")
         trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, rollouts.vllm, -1
     trainer.remove_callback(PrinterCallback)
-    found = {int(each.name.rpartition("-")[2]): each for each in (folder / "trainer").glob("checkpoint-*")}
-    whole = [step for step, each in found.items() if (each / TRAINER_STATE_NAME).is_file()]  # written last
-    step = max(whole, default=0)
-    checkpoint = str(found[step]) if step else None
-    trainer.accelerator.wait_for_everyone()  # until all have looked
-    if trainer.accelerator.is_main_process:
-        rollouts.forget_from(step)
-        for broken in found.keys() - set(whole):
-            shutil.rmtree(found[broken])
+    checkpoint = _taken_up(trainer, rollouts, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # at every checkpoint
         try:
@@ -128,6 +94,50 @@ def train(
         save_adapter(trainer, folder)
         (folder / "log.json").write_text(json.dumps(log, indent=1))
     return log
+
+
+def _arguments(tuned: ModelSpec, config: Grpo, offload: Offload, seed: int, folder: Path) -> GRPOConfig:
+    """What TRL is told."""
+    return GRPOConfig(
+        output_dir=str(folder / "trainer"),
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size // config.processes // config.gradient_accumulation_steps,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,  # rollouts are written all at once
+        num_generations=config.num_generations,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=min(5, config.max_steps // 10),
+        temperature=config.temperature,
+        beta=config.beta,
+        loss_type=config.loss_type,
+        scale_rewards=config.scale_rewards,
+        multi_objective_aggregation=config.aggregation,
+        reward_weights=list(weights(config).values()),
+        max_completion_length=offload.max_tokens,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=dtype_of(tuned) == torch.bfloat16,
+        use_cpu=device_of(tuned) == "cpu",
+        logging_steps=1,
+        save_steps=config.save_steps,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=seed,
+    )
+
+
+def _taken_up(trainer: GRPOTrainer, rollouts: Rollouts, folder: Path) -> str | None:
+    """The checkpoint that a killed run has left, if one is whole; what is not, or came after it, is dropped."""
+    found = {int(each.name.rpartition("-")[2]): each for each in (folder / "trainer").glob("checkpoint-*")}
+    whole = [step for step, each in found.items() if (each / TRAINER_STATE_NAME).is_file()]  # written last
+    step = max(whole, default=0)
+    trainer.accelerator.wait_for_everyone()  # until all have looked
+    if trainer.accelerator.is_main_process:
+        rollouts.forget_from(step)
+        for broken in found.keys() - set(whole):
+            shutil.rmtree(found[broken])
+    return str(found[step]) if step else None
 
 
 def run(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
