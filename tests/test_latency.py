@@ -101,6 +101,20 @@ def test_all_tokens_are_written():
     assert sum(s.tokens for s in even(0.3, 1, 1000, 64).stretches if s.side == BIG) == 300
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "how", [{}, {"switch_s": 0.5}, {"chunk": 0}, {"overlap": False}, {"control_chunk": 0}], ids=str
+)
+def test_every_way_of_working_together_comes_to_an_end(shared, how):
+    """Also where the big model is still reading along when the last request is done."""
+    alone = latency.simulate(table(), share=0, decode=2048).seconds
+    for share in (0.0135, 0.05, 0.2):
+        done = latency.simulate(table(), share=share, decode=2048, requests=3, shared=shared, **how)
+        assert len(done.latencies) == 3 and done.seconds > alone
+        small, big = (sum(v for k, v in done.by_cause.items() if k.startswith(side)) for side in ("small", "big"))
+        assert {"small": small, "big": big} == pytest.approx(done.by_model)
+
+
 @pytest.mark.parametrize("policy", [Never(), Always(), Learned(), Random(0.3)], ids=lambda p: p.name)
 @pytest.mark.parametrize("control_chunk", [1, 3])
 def test_the_simulation_makes_the_passes_of_the_real_controller(engines, prompts, policy, control_chunk):

@@ -89,6 +89,12 @@ class _Model:
         sequence.claimed = len(sequence.ids) + max(0, request.max_new - 1)
         self.new.append(request)
 
+    def forget(self, sequence: protocol.Sequence) -> None:
+        """What was asked for `sequence` and has not begun is not done."""
+        for request in [request for request in self.new if request.sequence is sequence]:
+            self.new.remove(request)
+            del self.reads[request]
+
     def take(self, most: int | None = None) -> None:
         """Begin as many passes as change nothing: one if something is new, else until one that writes is done.
 
@@ -154,7 +160,7 @@ class _Engine:
         return _Sequence(0, list(ids), sampling, owner=self.owner)
 
     def close(self, sequence: protocol.Sequence) -> None:
-        pass
+        self.model.forget(sequence)
 
     def submit(self, request: Request) -> Request:
         request.start = len(request.sequence.ids)
@@ -234,6 +240,10 @@ class _Shared(_Engine):
         self.model.ask(request)
         self.pending.append(request)
         self.model.world.wake(self.owner)
+
+    def close(self, sequence: protocol.Sequence) -> None:
+        super().close(sequence)
+        self.pending = [request for request in self.pending if request.sequence is not sequence]
 
     def step(self) -> list[Request]:
         model, world = self.model, self.model.world
@@ -361,7 +371,7 @@ class _World:
             job, begun = self._scripts.pop(ended.writer)
             self.latencies.append(self.now - job.arrival)
             self.served.append(self.now - begun)
-        if any(side.pending for side in self._sides[place] if not side.running):
+        if not controller.idle and any(side.pending for side in self._sides[place] if not side.running):
             self.wake(place)
 
 
