@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from srlib import SrlibError
 from srlib.engine.files import check
@@ -268,6 +269,7 @@ def serve(orders: Connection, answers: Connection) -> None:
     from srlib.engine import transformers
 
     asked = _Asked(orders, answers)
+    logging.disable_progress_bar()  # it would stand between the lines of who asked
     spec, slots, threads = asked.next(wait_for_it=True)
     torch.set_num_threads(threads)
     try:

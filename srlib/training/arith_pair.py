@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils import logging
 
 from srlib import SrlibError
 from srlib.data.arith import generate, tokenizer
@@ -175,6 +176,7 @@ def _start(config: Arith, seed: int, folder: Path, name: str) -> tuple[subproces
 def _work(pipe: Connection, config: Arith, seed: int, folder: Path, name: str) -> None:
     """What the process does."""
     torch.set_num_threads(1)
+    logging.disable_progress_bar()  # of one file that is written: it would stand in the run's own lines
     (folder / f"{name}.json").unlink(missing_ok=True)
     encode = tokenizer()
     network = model(getattr(config, name), len(encode), seed)
