@@ -20,7 +20,6 @@ from srlib import SrlibError
 from srlib.annotation import judge, readings, traces
 from srlib.annotation.alignment import Match, align, cover, units, why
 from srlib.annotation.readings import Passage
-from srlib.annotation.traces import worked
 from srlib.data import digests, spans
 from srlib.data.journal import Journal
 from srlib.data.problems import told
@@ -152,19 +151,19 @@ def random(
             start = rng.randint(0, n - size)
             marked.update(range(start, start + size))
         chosen = [Span(i, i + 1) for i in marked]
-        whole = units(worked(problem), offsets)
+        whole = units(problem.worked, offsets)
         yield _annotated(problem, settle(chosen, n, config, whole, lambda *_, rng=rng: rng.random()), offsets, "random")
 
 
 def given(problems: Sequence[Problem | Annotated], tokenizer: PreTrainedTokenizerBase) -> Iterator[Annotated | str]:
     """The spans that the tags in the traces mark, either spelling of the closing one; a string: what is wrong."""
     for problem in problems:
-        faults, marked = spans.faults(worked(problem)), spans.parse(worked(problem))
+        faults, marked = spans.faults(problem.worked), spans.parse(problem.worked)
         if faults or not marked:
             names = ", ".join(sorted(faults))
             yield f"tags are {names}" if faults else "no span is marked"
             continue
-        plain = problem.model_copy(update={"trace": spans.strip(worked(problem))})
+        plain = problem.model_copy(update={"trace": spans.strip(problem.worked)})
         offsets = _encoded(tokenizer, plain)["offset_mapping"]
         tokens = spans.merge(cover(span, offsets) for span in marked)
         share = sum(end - start for start, end in tokens) / len(offsets)
@@ -243,7 +242,7 @@ def _by_value(
     """Rows by a number for each token."""
     for problem, values in zip(problems, read):
         offsets = _encoded(tokenizer, problem)["offset_mapping"]
-        yield _annotated(problem, choose(values, config, units(worked(problem), offsets)), offsets, name)
+        yield _annotated(problem, choose(values, config, units(problem.worked, offsets)), offsets, name)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, problem: Problem | Annotated) -> BatchEncoding:
@@ -324,7 +323,7 @@ def _row(
     """The row of a trace by a judge's answer, or why there is none; adds each passage to `found`, with how."""
     if answer["reason"]:
         return answer["reason"]
-    trace = worked(problem)
+    trace = problem.worked
     matches = align(answer["snippets"], trace, config.min_score)
     found += ((problem.id, s, _how(s, m, trace)) for s, m in zip(answer["snippets"], matches))
     offsets = _encoded(tokenizer, problem)["offset_mapping"]

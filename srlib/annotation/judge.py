@@ -127,10 +127,10 @@ def estimate(problems: Sequence[Problem], config: Annotate, tokenizer: PreTraine
     def tokens(texts: list[str]) -> int:
         return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
 
-    characters = sum(len(problem.prompt) + len(traces.worked(problem)) for problem in some)
-    scale = sum(len(p.prompt) + len(traces.worked(p)) for p in problems) / max(1, characters)
+    characters = sum(len(problem.prompt) + len(problem.worked) for problem in some)
+    scale = sum(len(p.prompt) + len(p.worked) for p in problems) / max(1, characters)
     read_ = scale * tokens([prompt_of(problem, config.share) for problem in some]) + FRAME * len(problems)
-    quoted = config.share * scale * tokens([traces.worked(problem) for problem in some])
+    quoted = config.share * scale * tokens([problem.worked for problem in some])
     return Usage(len(problems), round(read_), round(quoted * (1 + FENCES / PASSAGE)))
 
 
@@ -304,7 +304,7 @@ class Endpoint:
             text = answer.choices[0].message.content
         except (AttributeError, IndexError, TypeError):
             return [], "malformed answer"
-        return read(text, traces.worked(verdict.problem), config.min_score)
+        return read(text, verdict.problem.worked, config.min_score)
 
     def _sending(self, _: Any) -> None:
         """Before every request, those that the client makes again included: count it, and keep the rate."""
@@ -362,7 +362,7 @@ class Local:
                         yield verdict
                         continue
                     text = answer.text(writer.tokenizer)
-                    verdict.snippets, verdict.reason = read(text, traces.worked(verdict.problem), config.min_score)
+                    verdict.snippets, verdict.reason = read(text, verdict.problem.worked, config.min_score)
                     if verdict.reason:
                         again.append(verdict)
                     else:

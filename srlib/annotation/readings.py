@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from srlib.annotation.traces import worked
 from srlib.data import digests
 from srlib.data.journal import Journal
 from srlib.data.modules import Code
@@ -47,7 +46,7 @@ class Passage(NamedTuple):
 def passages(problems: Sequence[Problem | Annotated], tokenizer: PreTrainedTokenizerBase) -> list[Passage]:
     """The traces of `problems` behind their prompts, as a model reads them."""
     prompts = encode_prompts(tokenizer, [problem.prompt for problem in problems])
-    traces = (tokenizer.encode(worked(problem), add_special_tokens=False) for problem in problems)
+    traces = (tokenizer.encode(problem.worked, add_special_tokens=False) for problem in problems)
     return [Passage(np.array(a + b, dtype="<i4"), len(a)) for a, b in zip(prompts, traces)]
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from srlib import SrlibError
 from srlib.data import digests, grade, problems, spans
 from srlib.data.journal import Journal
-from srlib.data.rows import Annotated, Problem
+from srlib.data.rows import Problem
 from srlib.decoding.policies import Always
 from srlib.decoding.scheduler import Offloader
 from srlib.engine.protocol import Engine
@@ -42,14 +42,8 @@ def gather(p: Params, folder: Path, big: Engine | None = None) -> tuple[list[Pro
         if not found:
             raise SrlibError(f"The big model wrote no right trace: {problems.told(dropped)}.")
     if config.method != "given":
-        found = [problem.model_copy(update={"trace": spans.strip(worked(problem))}) for problem in found]
+        found = [problem.model_copy(update={"trace": spans.strip(problem.worked)}) for problem in found]
     return found, dropped
-
-
-def worked(problem: Problem | Annotated) -> str:
-    """The trace of a problem that has one."""
-    assert problem.trace is not None, f"problem {problem.id} has no worked trace"
-    return problem.trace
 
 
 def key(problem: Problem) -> str:

@@ -112,6 +112,11 @@ class Annotated(BaseModel):
         return self
 
     @property
+    def worked(self) -> str:
+        """As `Problem.worked`."""
+        return self.trace
+
+    @property
     def tagged(self) -> str:
         """The trace with its tags."""
         return spans.wrap(self.trace, self.spans)
