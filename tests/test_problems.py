@@ -139,7 +139,11 @@ GOOD = {"id": "p1", "prompt": "6*7?", "answer": "42"}
         ({"trace": ["first", "second"], "correct": [0, True]}, {"trace": "second"}),
         ({"trace": ["first", "second"], "correct": True}, {"trace": "first"}),
         ({"prompt": "6*7\ud800?"}, {"prompt": "6*7\\ud800?"}),
-        ({"trace": ["x\udfff"], "meta": {"\udc80": 1}}, {"trace": "x\\udfff", "meta": {"\udc80": 1}}),
+        (
+            {"trace": ["x\udfff"], "meta": {"\udc80": ["\ud800"]}},
+            {"trace": "x\\udfff", "meta": {"\\udc80": ["\\ud800"]}},
+        ),
+        ({"prompt": "6*7\\\ud800\\ud800?"}, {"prompt": "6*7\\\\ud800\\ud800?"}),
         ({"prompt": "6*7\U0001f600?"}, {"prompt": "6*7\U0001f600?"}),
         ({"meta": {"level": 3}}, {"meta": {"level": 3}}),
         ({"meta": "of another kind", "year": 1999}, {}),

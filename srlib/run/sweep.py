@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
-from srlib import SrlibError, params
+from srlib import SrlibError, params, visible
 from srlib.data.rows import read_jsonl, write_json
 from srlib.evaluation import stats
 from srlib.params import Params, Section, paths
@@ -119,7 +119,7 @@ def combinations(chosen: Plan) -> tuple[Params, dict[int, Params], list[tuple[Co
         base = {"folder": str(bases[seed].run_dir), "stages": shared} if shared else None
         for point in itertools.product(*chosen.vary.values()):
             values = dict(zip(chosen.vary, point))
-            label = ", ".join(f"{name}={_plain(value)}" for name, value in zip(names, point)) or "fixed"
+            label = visible(", ".join(f"{name}={_plain(value)}" for name, value in zip(names, point))) or "fixed"
             folder = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{label}-seed{seed}".replace("=", "-"))
             given = {"evaluate.policies": MEASURED, **chosen.fix, **values}
             place = {"seed": seed, "run": folder, "outputs": str(top.run_dir), "base": base}
