@@ -16,6 +16,7 @@ Rooms, from the top; each may use those below it, and none above:
 
 import logging
 import os
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,13 @@ __version__ = "0.1.0"
 
 
 class SrlibError(Exception):
-    """A mistake the user can mend; its message says what is wrong and what would be right."""
+    """A mistake the user can mend; its message says what is wrong and what would be right.
+
+    A user name and a password in an address are left out of it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(re.sub(r"(?<=://)[^\s'\"]*@", "…@", message))
 
 
 def __getattr__(name: str) -> Any:
