@@ -94,9 +94,8 @@ class Answer:
 
 
 def prompt_of(problem: Problem, share: float) -> str:
-    """What a judge is asked about one trace; half a character, which no request can hold, as an escape."""
-    asked = PROMPT.format(share=share, problem=problem.prompt, trace=problem.trace)
-    return asked.encode(errors="backslashreplace").decode()
+    """What a judge is asked about one trace."""
+    return PROMPT.format(share=share, problem=problem.prompt, trace=problem.trace)
 
 
 def answer_of(body: Any, limit: int, shown: Callable[[str], str] = str) -> Answer:
@@ -164,7 +163,7 @@ def _passages(text: str) -> list[str]:
     fences = _Fences(text)
     if fences.open:
         rests = (_Fences(text[end.end() :]) for end in re.finditer(_THOUGHT, text))
-        fences = next((rest for rest in rests if rest.passages and not rest.open), fences)
+        fences = next((rest for rest in rests if not rest.open and any(p.strip() for _, p in rest.passages)), fences)
     for cut in reversed([0, *fences.ends]):
         found = [passage.strip("\n") for start, passage in fences.passages if start > cut and passage.strip()]
         if found:
@@ -193,9 +192,10 @@ def _text(content: Any) -> str | None:
 def _usage(given: Any) -> Usage:
     """The tokens of one request, as far as the server says them."""
     details = at(given, "prompt_tokens_details")
-    prompt, cached = _count(at(given, "prompt_tokens")), _count(at(details, "cached_tokens"))
-    return Usage(0, prompt, min(cached, prompt), _count(at(given, "completion_tokens")))
+    prompt, cached = count(at(given, "prompt_tokens")), count(at(details, "cached_tokens"))
+    return Usage(0, prompt, min(cached, prompt), count(at(given, "completion_tokens")))
 
 
-def _count(value: Any) -> int:
+def count(value: Any) -> int:
+    """A number of tokens or requests; 0 if it is none."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

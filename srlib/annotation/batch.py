@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from srlib import SrlibError
 from srlib.annotation import traces
-from srlib.annotation.answers import MALFORMED, Usage, Verdict, at, prompt_of
+from srlib.annotation.answers import MALFORMED, Usage, Verdict, at, count, prompt_of
 from srlib.annotation.endpoint import Endpoint, Fault, Kind, judged
 from srlib.data import digests
 from srlib.data.journal import Journal
@@ -68,12 +68,14 @@ class Batch(Endpoint):
     def _sent_off(self, left: dict[str, Verdict], config: Annotate) -> dict[str, Any]:
         """Send a file of requests; what the journal has of it."""
         lines: list[bytes] = []
+        size = 0
         asked: dict[str, Verdict] = {}
         for name, verdict in left.items():
             body = self.body(prompt_of(verdict.problem, config.share), verdict.usage.requests)
             line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
             lines.append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            if len(lines) > REQUESTS or sum(map(len, lines)) > BYTES:
+            size += len(lines[-1])
+            if asked and (len(lines) > REQUESTS or size > BYTES):
                 lines.pop()
                 break
             asked[name], verdict.reason = verdict, ""
@@ -106,7 +108,7 @@ class Batch(Endpoint):
                     if fault.kind is not Kind.PASSES or missed == PATIENCE:
                         raise
                 else:
-                    bar.n = at(at(made, "request_counts"), "completed", 0)
+                    bar.n = count(at(at(made, "request_counts"), "completed"))
                     bar.refresh()
                     if made["status"] in ENDED:
                         return made

@@ -62,7 +62,8 @@ class Journal:
             SrlibError: the disk is full, or cannot be written.
         """
         size = os.fstat(self._file.fileno()).st_size
-        data = memoryview("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        data = memoryview(text.encode(errors="backslashreplace"))  # a lone surrogate, as JSON writes it
         try:
             while data:
                 data = data[self._file.write(data) :]

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Annotated, Any
 from urllib.parse import quote, quote_plus, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, WithJsonSchema
 
 MASK = "[key]"
 
@@ -20,12 +20,14 @@ def masked(text: str, key: str) -> str:
     return _pattern(key).sub(lambda _: MASK, text)
 
 
-def checked(url: str) -> str:
+def checked(url: Any) -> str:
     """An address, if it is one and may be written down.
 
     Raises:
         ValueError: it is none, or holds what may be a secret; that is not repeated.
     """
+    if not isinstance(url, str):
+        raise ValueError("an address is a text such as https://api.deepseek.com/v1")
     try:
         parts = urlsplit(url)
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -56,7 +58,7 @@ def _named(name: Any) -> Any:
 
 
 VARIABLE = "[A-Z][A-Z0-9_]*"
-Address = Annotated[str, AfterValidator(checked)]
+Address = Annotated[str, BeforeValidator(checked)]
 Variable = Annotated[str, BeforeValidator(_named), WithJsonSchema({"type": "string", "pattern": f"^{VARIABLE}$"})]
 
 

@@ -116,7 +116,7 @@ class Judge(Section):
     )
     max_tokens: int = Field(8192, ge=16, description="longest answer, a reasoning judge's thinking included")
     max_tokens_retry: int | None = Field(
-        None, ge=16, description="the same for a trace whose answer was cut there; empty: max_tokens"
+        None, ge=16, description="the same for requests after a bad answer, or one cut there; empty: max_tokens"
     )
     limit_by: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="what a request calls that limit; OpenAI's models that reason take the second alone"
@@ -148,6 +148,8 @@ class Judge(Section):
             raise ValueError("max_cost needs price_in and price_out, the prices of a million tokens")
         if self.max_tokens_retry is not None and self.max_tokens_retry < self.max_tokens:
             raise ValueError(f"max_tokens_retry {self.max_tokens_retry} is below max_tokens {self.max_tokens}")
+        if self.max_tokens_retry is not None and len(self.temperatures) == 1:
+            raise ValueError("max_tokens_retry needs a second of temperatures: it is for the requests after the first")
         fixed = {"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "stream", "n"}
         if taken := fixed.intersection(self.extra_body):
             raise ValueError(f"extra_body holds {sorted(taken)[0]}, which the other settings and the reader decide")
