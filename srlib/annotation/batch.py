@@ -81,21 +81,22 @@ class Batch(Endpoint):
             asked[name], verdict.reason = verdict, ""
         create = self.client.files.with_raw_response.create
         sent = self._said(lambda: create(file=("judge.jsonl", b"".join(lines)), purpose="batch"))
-        return self._note(asked, sent["id"], "")
+        return self._note(asked, str(sent["id"]), "")
 
     def _waited_for(self, record: dict[str, Any]) -> dict[str, Any]:
         """The batch of a file that was sent, once it has ended; it is made if it was not yet."""
         batches, file = self.client.batches.with_raw_response, record["file"]
         if not record["batch"]:
             # A run may have ended after it was made, and before that was written down.
-            there = at(self._said(lambda: batches.list(limit=100), "data"), "data")
-            made = next((each for each in there if at(each, "input_file_id") == file), None)
+            listed = self._said(lambda: batches.list(limit=100), "data")["data"]
+            there = listed if isinstance(listed, list) else []
+            made = next((each for each in there if at(each, "input_file_id") == file and at(each, "id")), None)
             if made is None:
                 once = self.client.with_options(max_retries=0).batches.with_raw_response.create
                 made = self._said(
                     lambda: once(input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h")
                 )
-            record = {**record, "batch": made["id"]}
+            record = {**record, "batch": str(made["id"])}
             self.journal.append(record)
         pause, missed = POLL_S / 30, 0
         with tqdm(total=len(record["used"]), desc=f"batch {record['batch']}", unit="trace") as bar:
@@ -156,6 +157,7 @@ class Batch(Endpoint):
             if fault.kind is Kind.UNSURE:
                 return self._at_once(verdict, config)
             verdict.pending = fault.kind is Kind.PASSES
+            verdict.usage.requests += 1
             verdict.reason = fault.said if verdict.pending else f"the judge {fault}"
             return True
         verdict.usage.add(answer.usage)
@@ -194,7 +196,7 @@ class Batch(Endpoint):
             said = json.loads(text)
         except (ValueError, RecursionError):
             said = None
-        if not at(said, needs):
+        if at(said, needs) is None:
             raise Fault(Kind.ENDS, "has no batch API at this address, or a strange one", self._told(text))
         return said
 
