@@ -49,10 +49,13 @@ def visible(text: str, but: str = "") -> str:
 
 
 class SrlibError(Exception):
-    """A mistake the user can mend; its message says what is wrong and what would be right, in one visible line."""
+    """A mistake the user can mend; its message says what is wrong and what would be right, in one visible line.
+
+    A user name and a password in an address are left out of it.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(message))
+        super().__init__(visible(re.sub(r"(?<=://)[^\s'\"]*@", "…@", message)))
 
 
 def __getattr__(name: str) -> Any:

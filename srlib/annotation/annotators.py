@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srlib import SrlibError
-from srlib.annotation import judge, readings, traces
+from srlib.annotation import answers, judge, readings, traces
 from srlib.annotation.alignment import Match, align, cover, units, why
 from srlib.annotation.readings import Passage
 from srlib.data import digests, spans
@@ -298,12 +298,12 @@ def _judged(
         f"{expected.completion_tokens:,} to write, cost {expected.cost(config.judge):.2f}"
     )
     with Journal(folder / f"judge-{_digest(p)}.journal.jsonl") as journal:
-        judge.ask(_judge(p), asked, config, journal, expected)
-        answers = [journal.records[traces.key(problem)] for problem in asked]
-    usage = judge.Usage()
+        judge.ask(_judge(p, journal), asked, config, journal, expected)
+        records = [journal.records[traces.key(problem)] for problem in asked]
+    usage = answers.Usage()
     made: list[Annotated | str] = []
     found: list[tuple[str, str, str]] = []
-    for problem, answer in zip(asked, answers):
+    for problem, answer in zip(asked, records):
         usage.add(answer)
         made.append(_row(problem, answer, config, tokenizer, found))
     lost = ({"id": id_, "snippet": snippet, "reason": how} for id_, snippet, how in found if how not in FOUND)
@@ -342,10 +342,10 @@ def _how(snippet: str, match: Match | None, trace: str) -> str:
     return FOUND[0] if snippet.strip() in trace else FOUND[1]
 
 
-def _judge(p: Params) -> judge.Endpoint | judge.Local:
+def _judge(p: Params, journal: Journal) -> judge.Asked:
     config = p.annotate.judge
     if config.local is None:
-        return judge.Endpoint(config)
+        return judge.server(config, journal)
     from srlib import engine
 
     slots = min(p.annotate.batch_size, p.offload.batch_size)
@@ -353,10 +353,12 @@ def _judge(p: Params) -> judge.Endpoint | judge.Local:
 
 
 def _digest(p: Params) -> str:
-    """Of all that decides what a judge answers."""
+    """Of all that decides what a judge answers; a journal keeps its name as settings come to be."""
     config = p.annotate
     asked = config.judge.model_dump(include={"model", "base_url", "local", "temperatures", "max_tokens"})
-    return digests.of([asked, config.share, judge.PROMPT, p.seed if config.judge.local else None], 8)
+    if config.judge.extra_body:
+        asked["extra_body"] = config.judge.extra_body
+    return digests.of([asked, config.share, answers.PROMPT, p.seed if config.judge.local else None], 8)
 
 
 def _cut(span: Span, size: int, whole: Sequence[Span]) -> Iterator[Span]:

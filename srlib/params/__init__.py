@@ -8,6 +8,7 @@
 - `reference`: every setting in words, what `python -m srlib params` prints
 - `names`: the nearest name to one that is none
 - `paths`: the clone, and paths as they are seen from here
+- `secrets`: keys and passwords, which are never written down
 
 A file in the folder `params/` is a scale: the same notebooks run on a laptop or on a node, and only
 the file differs. This room knows names, types and limits; it knows nothing of models, and no torch.

@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from srlib.params.secrets import Address
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
@@ -24,7 +26,7 @@ class ModelSpec(Section):
     adapter: str | None = Field(None, description="folder of a LoRA adapter to lay on top")
     merge: bool = Field(True, description="fold the adapter into the weights when it is loaded")
     engine: Literal["transformers", "vllm"] = Field("transformers", description="what the model runs on")
-    url: str | None = Field(None, description="vllm: address of a running server, such as http://127.0.0.1:8000")
+    url: Address | None = Field(None, description="vllm: address of a running server, such as http://127.0.0.1:8000")
     process: bool = Field(
         False, description="transformers: in a process of its own, so that both models of a pair work at the same time"
     )

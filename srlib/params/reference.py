@@ -98,7 +98,9 @@ def _words(schema: dict[str, Any]) -> str:
         return " or ".join(map(_words, schema["anyOf"]))
     if "enum" in schema:
         return ", ".join(schema["enum"])
-    kind = schema["type"]
+    kind = schema.get("type")
+    if kind is None:
+        return "anything"
     if kind == "array":
         least = f", at least {schema['minItems']}" if "minItems" in schema else ""
         return f"list of {_words(schema['items'])}{least}"

@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from srlib.params.models import ModelSpec, Section
 from srlib.params.names import unknown
 from srlib.params.paths import find
+from srlib.params.secrets import Address, Variable
 from srlib.params.written import Plain
 
 
@@ -100,35 +101,61 @@ class Judge(Section):
     """Who is asked which parts of a trace are hard: a server with the OpenAI protocol, or a model loaded here."""
 
     model: str = Field("", description="the server's name of its model")
-    base_url: str | None = Field(
+    base_url: Address | None = Field(
         None, description="such as https://api.deepseek.com/v1; empty: of the environment variable OPENAI_BASE_URL"
     )
-    key: str | None = Field(
+    key: Variable | None = Field(
         "OPENAI_API_KEY",
-        pattern=r"^[A-Z][A-Z0-9_]*$",
         description="environment variable that holds the key, never the key itself; empty: the server wants none",
     )
     local: ModelSpec | None = Field(None, description="a model that is loaded here, in place of a server")
-    temperatures: list[float] = Field(
-        [0.0, 0.3, 0.6], min_length=1, description="of the first request for a trace, and of those after a bad answer"
+    temperatures: list[float | None] = Field(
+        [0.0, 0.3, 0.6],
+        min_length=1,
+        description="of the first request for a trace, and of those after a bad answer; null: the server's own, as "
+        "some that reason take no other",
     )
     max_tokens: int = Field(8192, ge=16, description="longest answer, a reasoning judge's thinking included")
-    concurrency: int = Field(16, ge=1, description="requests under way at the same time: a batch")
+    max_tokens_retry: int | None = Field(
+        None, ge=16, description="the same for requests after a bad answer, or one cut there; empty: max_tokens"
+    )
+    limit_by: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="what a request calls that limit; OpenAI's models that reason take the second alone"
+    )
+    extra_body: dict[str, JsonValue] = Field(
+        {}, description="more of each request, as the server names it, such as {reasoning_effort: low}"
+    )
+    batch: bool = Field(
+        False, description="ask by the provider's batch API (/files and /batches): up to a day, often half the price"
+    )
+    concurrency: int = Field(16, ge=1, description="requests under way at the same time")
     requests_per_minute: int = Field(0, ge=0, description="most that are sent in a minute; 0: no limit")
     retries: int = Field(
         6, ge=0, description="of a request that met what passes: 429, 5xx, a lost connection; the pause grows"
     )
     timeout_s: float = Field(300.0, gt=0, description="seconds a server may be silent")
     price_in: float = Field(0.0, ge=0, description="of a million tokens that are read, in any currency")
+    price_cached: float | None = Field(
+        None, ge=0, description="of a million of those that the server had in its cache; empty: as the others"
+    )
     price_out: float = Field(0.0, ge=0, description="of a million tokens that are written, in the same")
     max_cost: float | None = Field(
         None, gt=0, description="a run that would cost more does not begin, or stops; in the currency of the prices"
     )
 
     @model_validator(mode="after")
-    def _prices(self) -> Judge:
+    def _can_be_asked(self) -> Judge:
         if self.max_cost is not None and not self.price_in + self.price_out:
             raise ValueError("max_cost needs price_in and price_out, the prices of a million tokens")
+        if self.max_tokens_retry is not None and self.max_tokens_retry < self.max_tokens:
+            raise ValueError(f"max_tokens_retry {self.max_tokens_retry} is below max_tokens {self.max_tokens}")
+        if self.max_tokens_retry is not None and len(self.temperatures) == 1:
+            raise ValueError("max_tokens_retry needs a second of temperatures: it is for the requests after the first")
+        fixed = {"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "stream", "n"}
+        if taken := fixed.intersection(self.extra_body):
+            raise ValueError(f"extra_body holds {sorted(taken)[0]}, which the other settings and the reader decide")
+        if self.local is not None and (self.batch or self.extra_body or None in self.temperatures):
+            raise ValueError("batch, extra_body and a temperature of null need a server, and local is a model here")
         return self
 
 
@@ -241,7 +268,7 @@ class Grpo(Section):
     gradient_checkpointing: bool = Field(False, description="keep less of the forward pass, and compute it again")
     rollouts_at_once: int = Field(0, ge=0, description="written at the same time by a process; 0: offload.batch_size")
     use_vllm: bool = Field(False, description="vLLM writes the small model's part of the rollouts")
-    vllm_url: str | None = Field(
+    vllm_url: Address | None = Field(
         None, description="use_vllm: a server of the small model; empty: loaded beside training, in each process"
     )
     vllm_kv_cache_gb: float | None = Field(None, gt=0, description="use_vllm: size of the KV cache in GiB")
