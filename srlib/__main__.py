@@ -6,6 +6,7 @@ What takes seconds to import is imported by the command that needs it, so that h
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -40,6 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     except SrlibError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that is full, or may not be written
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG):
+            raise
+        file = error.filename or "A file"
+        print(f"error: {file} cannot be written ({error.strerror}); mend that, and run again", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; what is finished is kept: run again to go on", file=sys.stderr)
         return 130

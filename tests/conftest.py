@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import srlib  # noqa: F401  (first: it sets the environment that torch reads whe
 from srlib.data import arith
 from srlib.engine import adapters
 from srlib.engine.transformers import TransformersEngine
-from srlib.params import Arith
+from srlib.params import ROOT, Arith
 
 torch.set_num_threads(1)
 
@@ -143,3 +145,23 @@ def r1_traces(texts_folder) -> list[str]:
     """Traces in the manner of R1, each with its final answer behind it."""
     lines = (texts_folder / "r1_style_traces.jsonl").read_text(encoding="utf-8").splitlines()
     return [row["message_thinking"] + "\n\n" + row["message_content"] for row in map(json.loads, lines)]
+
+
+def command_line(*arguments):
+    """Run the command line in the clone."""
+    return subprocess.run(
+        [sys.executable, "-m", "srlib", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(once):
+    """A complete smoke run: the folder that holds it, and what was printed."""
+
+    def run(outputs):
+        done = command_line("run", "params/smoke.yaml", "--set", f"outputs={outputs}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.with_suffix(".txt").write_text(done.stdout)
+
+    outputs = once("finished", run)
+    return outputs, outputs.with_suffix(".txt").read_text()

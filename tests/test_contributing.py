@@ -68,12 +68,15 @@ def test_a_reward(names, monkeypatch):
 
 def test_an_annotator(names, tokenizer):
     p = names["p"]
+    mine = p.run_dir / "products.jsonl"
+    p = p.model_copy(update={"sft": p.sft.model_copy(update={"annotated": str(mine)})})
     rows = read_jsonl(p.annotated, Annotated)
     assert len(rows) == p.arith.n_traces
     for row in rows:
         assert [row.trace[start:end] for start, end in row.spans] == re.findall(r"\*\d+=(\d+);", row.trace)
     marked = next(row for row in rows if row.spans)
     assert tokenizer.convert_tokens_to_ids("<bigmodel>") in example(tokenizer, marked)["labels"]
+    assert p.annotated == mine
     require(p, "02_sft")  # stage 02 takes it
 
 

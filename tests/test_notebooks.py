@@ -15,29 +15,10 @@ from nbclient import NotebookClient
 
 from srlib.params import ROOT
 from srlib.run.stages import STAGES
+from tests.conftest import command_line as srlib
 
 pytestmark = pytest.mark.notebooks
 OF_A_RUN = [name for name in STAGES if name != "06_reward_ablation"]  # that one belongs to a sweep
-
-
-def srlib(*arguments):
-    """Run the command line in the clone."""
-    return subprocess.run(
-        [sys.executable, "-m", "srlib", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-
-
-@pytest.fixture(scope="session")
-def finished(once):
-    """A complete smoke run: the folder that holds it, and what was printed."""
-
-    def run(outputs):
-        done = srlib("run", "params/smoke.yaml", "--set", f"outputs={outputs}")
-        assert done.returncode == 0, done.stdout + done.stderr
-        outputs.with_suffix(".txt").write_text(done.stdout)
-
-    outputs = once("finished", run)
-    return outputs, outputs.with_suffix(".txt").read_text()
 
 
 @pytest.fixture
@@ -89,7 +70,7 @@ def test_everything_is_there(finished):
 
 def test_a_second_run_does_nothing(copy):
     def files():
-        return {f: f.stat().st_mtime_ns for f in copy.rglob("*") if f.is_file()}
+        return {f: f.stat().st_mtime_ns for f in copy.rglob("*") if f.is_file() and f.name != ".lock"}
 
     before = files()
     done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}")
@@ -260,9 +241,10 @@ def test_an_empty_problem_set(copy):
 
 def test_an_annotation_of_ones_own_is_used(copy):
     """Another annotator takes the place of 01: 02 runs on what it wrote."""
-    path = copy / "smoke" / "01_annotate" / "annotated.jsonl"
-    path.write_text("\n".join(path.read_text().splitlines()[:20]) + "\n")
-    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}", "--only", "02_sft")
+    rows = (copy / "smoke" / "01_annotate" / "annotated.jsonl").read_text().splitlines()
+    (copy / "mine.jsonl").write_text("\n".join(rows[:20]) + "\n")
+    own = ("--set", f"sft.annotated={copy / 'mine.jsonl'}")
+    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}", *own, "--until", "02_sft")
     assert done.returncode == 0, done.stderr
     assert "02_sft           done in" in done.stdout and "01_annotate" not in done.stdout
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -34,6 +35,7 @@ class Problem(BaseModel):
 
 
 Row = TypeVar("Row", BaseModel, dict)
+Kind = TypeVar("Kind")
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -111,14 +113,11 @@ def read_jsonl(path: str | Path, row: type[Row]) -> list[Row]:
 
 def write_jsonl(path: str | Path, rows: Iterable[BaseModel | dict[str, Any]]) -> Path:
     """Write `rows` to `path`, whole or not at all (a temporary file takes its place at the end)."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate, as JSON writes it
+    with whole(path) as file:
         for row in rows:
             values = row.model_dump() if isinstance(row, BaseModel) else row
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
-    os.replace(part, path)
-    return path
+    return Path(path)
 
 
 class Annotated(BaseModel):
@@ -158,7 +157,47 @@ class Annotated(BaseModel):
 
 
 def write_json(path: Path, content: object) -> None:
-    """Whole or not at all: a temporary file takes the place of the old one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1))
-    os.replace(part, path)
+    """Write `content` to `path`, whole or not at all."""
+    with whole(path) as file:
+        file.write(json.dumps(content, indent=1))
+
+
+def read_json(path: Path, kind: type[Kind], mend: str = "remove it, and run again") -> Kind:
+    """What a JSON file holds, checked to be a `kind`: anything that pydantic can check.
+
+    Raises:
+        SrlibError: it cannot be read, is no JSON, or holds something else.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SrlibError(f"{path} is damaged ({where + ': ' if where else ''}{first['msg']}): {mend}.") from None
+    except OSError as error:
+        raise SrlibError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[TextIO]:
+    """A text file to be written whole or not at all: a temporary file takes its place at the end.
+
+    Raises:
+        SrlibError: the disk is full, or may not be written.
+    """
+    part = Path(path).with_name(Path(path).name + ".part")
+    try:
+        # A lone surrogate stands there as JSON writes it.
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        raise unwritten(error, path) from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def unwritten(error: OSError, path: str | Path) -> SrlibError:
+    """That a file could not be written, in a sentence."""
+    return SrlibError(f"{path} cannot be written ({error.strerror}): mend that, and run again to go on.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from srlib import SrlibError
+from srlib.data.rows import read_json
 from srlib.params import ModelSpec
 
 
@@ -28,6 +30,13 @@ def _check_folder(folder: Path, config: str, kind: str) -> None:
 
     if not (folder / config).is_file():
         raise SrlibError(f"There is no {kind} in {folder}: {config} is not there.")
+    for file in folder.glob("*.json"):
+        held = read_json(file, dict[str, Any], "make it again")
+        absent = [name for name in set(held.get("weight_map", {}).values()) if not (folder / name).is_file()]
+        if file.name.endswith(".index.json") and absent:
+            raise SrlibError(
+                f"There is no whole {kind} in {folder}: {absent[0]}, which {file.name} names, is not there."
+            )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise SrlibError(f"There is no {kind} in {folder}: it holds no .safetensors file.")
@@ -35,5 +44,5 @@ def _check_folder(folder: Path, config: str, kind: str) -> None:
         try:
             with safe_open(file, framework="numpy"):
                 pass
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise SrlibError(f"{file} is damaged ({error}); make it again.") from None

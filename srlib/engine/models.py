@@ -62,9 +62,12 @@ def load_model(spec: ModelSpec, trainable: bool = False) -> tuple[PreTrainedMode
             device_map={"": device_of(spec)},
         )
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise SrlibError(f"{spec.path} is no folder here, and the hub gave no such model: {reason}") from None
-    tokenizer = AutoTokenizer.from_pretrained(spec.adapter or spec.path)
+        raise SrlibError(
+            f"{spec.path} is no folder here, and the hub gave no such model: {_first_line(error)}"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of a file that holds something else
+        raise SrlibError(f"{spec.path} is no model that can be loaded: {_first_line(error)}. Make it again.") from None
+    tokenizer = load_tokenizer(spec)
     if spec.adapter is not None:
         from peft import PeftModel
 
@@ -105,4 +108,11 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(spec.adapter or spec.path)
     except OSError as error:
-        raise SrlibError(f"{spec.path} has no tokenizer here or on the hub: {str(error).splitlines()[0]}") from None
+        raise SrlibError(f"{spec.path} has no tokenizer here or on the hub: {_first_line(error)}") from None
+    except Exception as error:  # tokenizers, the library, raises nothing narrower
+        where = spec.adapter or spec.path
+        raise SrlibError(f"The tokenizer in {where} cannot be loaded: {_first_line(error)}. Make it again.") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from srlib import SrlibError, visible
-from srlib.data.rows import read_jsonl
+from srlib.data.rows import read_json, read_jsonl
 from srlib.evaluation import stats
 from srlib.params import find, nearest
 
@@ -82,14 +81,18 @@ def _unlike(rows: list[dict[str, dict]], names: list[str]) -> list[str]:
     return found
 
 
+AGAIN = "run stage 05 again: python -m srlib run … --only 05_evaluate"
+
+
 def _rows(folder: str | Path) -> dict[str, dict[str, Any]]:
     path = _stage(folder) / "results.json"
     if not path.is_file():
         raise SrlibError(f"There is no {path}: run stage 05 there first (python -m srlib run … --until 05_evaluate).")
+    rows = read_json(path, list[dict[str, Any]], AGAIN)
     try:
-        return {row["policy"]: {key: row[key] for key in SETTINGS} for row in json.loads(path.read_text())}
-    except (ValueError, KeyError, TypeError):
-        raise SrlibError(f"{path} is damaged; run stage 05 again: python -m srlib run … --only 05_evaluate") from None
+        return {row["policy"]: {key: row[key] for key in SETTINGS} for row in rows}
+    except KeyError as error:
+        raise SrlibError(f"{path} is damaged (no {error}): {AGAIN}.") from None
 
 
 def _completions(folder: str | Path, policy: str) -> list[dict[str, Any]]:

@@ -128,7 +128,9 @@ class Params(Section):
 
     @property
     def annotated(self) -> Path:
-        return self.where("01_annotate") / "annotated.jsonl"
+        """The annotated traces that stage 02 learns from."""
+        given = self.sft.annotated
+        return (find(given) or Path(given)) if given else self.where("01_annotate") / "annotated.jsonl"
 
     def _resolve(self, spec: ModelSpec, name: str) -> ModelSpec:
         path = spec.path or str(self.where("00_arith_pair") / name)

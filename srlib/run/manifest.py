@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
+
+from pydantic import BaseModel
+from typing_extensions import TypedDict
 
 from srlib import SrlibError
 from srlib.data import digests, modules
-from srlib.data.rows import write_json
+from srlib.data.rows import read_json, write_json
 from srlib.params.paths import find, here
 from srlib.params.run import Params
-from srlib.run.stages import NOTEBOOKS, STAGES, Stage, artefacts
+from srlib.run.locks import LOCK
+from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, Stage, artefacts
 
 # Packages that decide what comes out of a stage, by their name in the code; what draws, prints and sums is none.
 PACKAGES = "torch transformers tokenizers trl peft accelerate datasets math_verify reasoning_gym rapidfuzz".split()
@@ -28,19 +32,39 @@ RUNNER = {"srlib.run", "srlib.run.pipeline", "srlib.run.manifest"}
 ENDED = {"running": "was killed", "stopped": "was stopped", "failed": "failed"}
 
 
+class Record(TypedDict):
+    """What the manifest keeps of a stage."""
+
+    state: Literal["running", "stopped", "failed", "complete"]
+    parameters: dict[str, Any]
+    notebook: str
+    inputs: dict[str, str]
+    # A run may be older than what is written down of it, or have ended too soon.
+    versions: NotRequired[dict[str, str]]
+    code: NotRequired[dict[str, str]]
+    outputs: NotRequired[dict[str, str]]
+    seconds: NotRequired[float]
+
+
+class Kept(BaseModel):
+    """What `manifest.json` holds."""
+
+    stages: dict[str, Record]
+
+
 class Manifest:
     """`manifest.json` of a run: of each stage what it was made of and made, seconds and state."""
 
-    def __init__(self, p: Params) -> None:
+    def __init__(self, p: Params, folder: Path | None = None) -> None:
+        """Args: folder: of another run that `p` builds on; None: its own."""
         self.p = p
-        self.path = p.run_dir / "manifest.json"
+        self.folder = folder or p.run_dir
+        self.path = self.folder / "manifest.json"
         self.code = modules.Code()
         self.stages: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
-            try:
-                self.stages = json.loads(self.path.read_text())["stages"]
-            except (json.JSONDecodeError, KeyError):
-                raise SrlibError(f"{self.path} is damaged; remove it, and every stage is done again.") from None
+            kept = read_json(self.path, Kept, "remove it, and every stage is done again").stages
+            self.stages = {name: dict(record) for name, record in kept.items()}
 
     def complete(self, name: str) -> bool:
         """Whether the stage's last run went through."""
@@ -58,10 +82,44 @@ class Manifest:
         causes = [ENDED[was["state"]]] if not self.complete(name) else []
         causes += self._changes(name)
         if not causes:
-            causes = [
-                f"its output {file} is not as it was left" for file in _differ(was["outputs"], self._outputs(name))
-            ]
+            causes = [f"its output {file} is not as it was left" for file in self.changed(name)]
         return causes
+
+    def changed(self, name: str, *paths: str | Path) -> list[str]:
+        """Of what a complete stage left behind, the files that are not as they were; only those in `paths`, if given."""
+        if not self.complete(name):
+            return []
+        differ = _differ(self.stages[name].get("outputs", {}), self._outputs(name))
+        folder = self.folder / name
+        tops = [Path(path) for path in paths]
+        return [file for file in differ if not tops or any((folder / file).is_relative_to(top) for top in tops)]
+
+    def check_inputs(self, name: str, made_now: Sequence[str] = ()) -> None:
+        """That what a stage reads is what the stages before it left, in this run or in the one it builds on.
+
+        Args:
+            made_now: stages that run before this one, or are looked at again by a run.
+
+        Raises:
+            SrlibError: a file has changed since.
+        """
+        found = artefacts(self.p)
+        for artefact in STAGES[name].reads:
+            maker = MAKERS[artefact]
+            if found[artefact].given or maker not in STAGES or maker in made_now:
+                continue
+            there = self.p.where(maker).parent
+            of = self if there == self.folder else Manifest(self.p, there)
+            if changed := of.changed(maker, *found[artefact].paths):
+                raise SrlibError(
+                    f"{name}: {changed[0]} is not as {maker} left it. Make it again: "
+                    f"python -m srlib run … --only {maker}"
+                )
+
+    def forget(self, name: str) -> None:
+        """A stage is done by hand: what is known of its last run is of no use any more."""
+        if self.stages.pop(name, None) is not None:
+            self._write()
 
     def start(self, name: str) -> None:
         self.stages[name] = {"state": "running", **self._key(name)}
@@ -109,8 +167,8 @@ class Manifest:
 
     def _outputs(self, name: str) -> dict[str, str]:
         """Digest of each file of a stage but its notebook and figures, which a hand may make again."""
-        folder = self.p.run_dir / name
-        made = [f for f in digests.files(folder) if f.suffix not in (".ipynb", ".png")]
+        folder = self.folder / name
+        made = [f for f in digests.files(folder) if f.name != LOCK and f.suffix not in (".ipynb", ".png")]
         return {str(f.relative_to(folder)): digests.of_path(f) for f in made}
 
     def _write(self) -> None:

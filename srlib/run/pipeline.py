@@ -8,20 +8,24 @@ nothing it depends on has changed (a checkpoint is taken up), else empty but for
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
 import time
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from srlib import SrlibError, visible
 from srlib.cost import memory
 from srlib.data import journal
+from srlib.data.rows import read_json, unwritten
 from srlib.params import Params, from_notebook, nearest
-from srlib.params.paths import here
+from srlib.params.paths import ROOT, here
+from srlib.run import locks
 from srlib.run.manifest import PACKAGES, Manifest
 from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, artefacts, require
 
@@ -37,11 +41,15 @@ def begin(stage: str, scope: dict[str, Any]) -> tuple[Params, Path]:
         the parameters, and the folder for the stage's artefacts.
 
     Raises:
-        SrlibError: a bad parameter, an artefact of an earlier stage is missing or damaged, or the
-            models do not fit.
+        SrlibError: a bad parameter, an artefact of an earlier stage is missing or damaged, a run or another
+            notebook is at work there, or the models do not fit.
     """
     p = from_notebook(scope)
     require(p, stage)
+    if locks.begin(p.run_dir, stage):
+        manifest = Manifest(p)
+        manifest.check_inputs(stage)
+        manifest.forget(stage)
     memory.check(p, stage)
     import torch
     from transformers import set_seed
@@ -66,13 +74,26 @@ def run(
         dry: say what would run and why; nothing is run, and nothing written.
 
     Raises:
-        SrlibError: no such stage, or an input is missing or damaged (before any stage runs).
+        SrlibError: no such stage, an input is missing or damaged (before any stage runs), or another
+            process is at work there.
     """
-    chosen, manifest = _chosen(p, first, only, until), Manifest(p)
+    chosen = _chosen(p, first, only, until)
+    with ExitStack() as held:
+        if not dry:
+            held.enter_context(locks.writing(p.run_dir, "srlib run"))
+            if p.base is not None:
+                held.enter_context(locks.reading(ROOT / p.base.folder))
+        return _run(p, chosen, first, only, dry)
+
+
+def _run(p: Params, chosen: list[str], first: str | None, only: str | None, dry: bool) -> int:
+    """`run` of stages, in a folder that is held."""
+    manifest = Manifest(p)
     to_make: list[str] = []
     for name in chosen:
         # What a complete stage left behind is checked too: a damaged file is reported, not built on.
         require(p, name, to_make)
+        manifest.check_inputs(name, chosen)
         memory.check(p, name)
         if first or only or not manifest.complete(name):
             to_make.append(name)
@@ -110,6 +131,8 @@ def _chosen(p: Params, first: str | None, only: str | None, until: str | None) -
     if all(found[name].given for name, maker in MAKERS.items() if maker == "00_arith_pair"):
         chosen = [name for name in chosen if name != "00_arith_pair"]  # all it would make is given
     chosen = [name for name in chosen if name not in p.left_out]
+    if p.sft.annotated is not None and not only:  # nothing would read what it makes
+        chosen = [name for name in chosen if name != "01_annotate"]
     if not only:
         others = p.base.stages if p.base else []
         swept = (p.run_dir / "sweep.json").is_file()  # else there is nothing to compare
@@ -156,13 +179,17 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
         seconds = time.perf_counter() - start
         manifest.finish(name, "complete", seconds)
     except papermill.PapermillExecutionError as error:
-        manifest.finish(name, "failed", time.perf_counter() - start)
+        with suppress(SrlibError):  # of a full disk, which would hide the error in hand
+            manifest.finish(name, "failed", time.perf_counter() - start)
         last_line = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
         print(f"{name:<16} failed after {time.perf_counter() - start:.0f} s", flush=True)
         print(f"{name}: {visible(last_line)}\nThe executed notebook is {here(executed)}", file=sys.stderr)
         return False
-    except BaseException:
-        manifest.finish(name, "stopped", time.perf_counter() - start)
+    except BaseException as error:
+        with suppress(SrlibError):
+            manifest.finish(name, "stopped", time.perf_counter() - start)
+        if isinstance(error, OSError):  # papermill writes the notebook
+            raise unwritten(error, here(executed)) from None
         raise
     print(f"{name:<16} done in {seconds:.0f} s", flush=True)
     return True
@@ -177,12 +204,26 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
+class Shown(TypedDict):
+    """What is shown of a row of results."""
+
+    policy: str
+    accuracy: float
+    ci95: tuple[float, float]
+    offload_share: float
+    handovers: float
+    dataset: str
+    n_problems: int
+    samples_per_problem: int
+    max_tokens: int
+
+
 def _last_screen(p: Params) -> None:
     folder = p.run_dir / "05_evaluate"
     results = folder / "results.json"
     if not results.is_file():
         return
-    rows = json.loads(results.read_text())
+    rows = read_json(results, list[Shown], f"run stage 05 again: python -m srlib run … --only {folder.name}")
     print(f"\n{'policy':<16}{'accuracy':>9}  {'95 % interval':<16}{'offload share':>13}{'hand-overs':>11}")
     for row in rows:
         low, high = row["ci95"]

@@ -108,7 +108,7 @@ def artefacts(p: Params) -> dict[str, Artefact]:
         "pair": Artefact(_named(p.small.path, p.big.path), lambda: _whole(p.small, p.big), own_pair),
         "traces": Artefact((p.traces.file or p.traces.path,), lambda: problems.traces(p, 1), p.data.traces is not None),
         "test": Artefact((p.test.file or p.test.path,), lambda: _readable(p.test), p.data.test is not None),
-        "annotated": Artefact((p.annotated,), lambda: read_jsonl(p.annotated, Annotated)),
+        "annotated": Artefact((p.annotated,), lambda: read_jsonl(p.annotated, Annotated), p.sft.annotated is not None),
         "adapter": Artefact(_named(p.tuned.adapter or p.tuned.path), lambda: _whole(p.tuned), p.pair.tuned is not None),
         "reinforced": Artefact(_named(p.reinforced.adapter), lambda: _whole(p.reinforced)),
         "results": Artefact((results,), lambda: _there(results)),

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 from tqdm.auto import tqdm
 
 from srlib import SrlibError, params, visible
-from srlib.data.rows import read_jsonl, write_json
+from srlib.data.rows import read_json, read_jsonl, write_json
 from srlib.evaluation import stats
 from srlib.params import Params, Section, paths
 from srlib.params.written import typed
@@ -55,6 +56,13 @@ class Combination:
     seed: int
     folder: str
     state: str = "waiting"  # complete, failed
+
+
+class Kept(BaseModel):
+    """What `sweep.json` holds."""
+
+    plan: Plan
+    runs: list[Combination]
 
 
 def plan(path: str, sets: Sequence[str] = (), seeds: Sequence[int] | None = None, name: str | None = None) -> Plan:
@@ -180,11 +188,8 @@ def read(folder: Path) -> tuple[Plan, list[Combination]]:
     path = Path(folder) / "sweep.json"
     if not path.is_file():
         raise SrlibError(f"There is no sweep in {folder}: {path.name} is not there.")
-    try:
-        kept = json.loads(path.read_text())
-        return Plan(**kept["plan"]), [Combination(**c) for c in kept["runs"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise SrlibError(f"{path} is damaged ({error}); run the sweep again.") from None
+    kept = read_json(path, Kept, "run the sweep again")
+    return kept.plan, kept.runs
 
 
 Records = dict[tuple[str, str], list[dict[str, Any]]]  # by label and policy
@@ -208,7 +213,7 @@ def collect(folder: Path) -> tuple[list[dict[str, Any]], Records]:
     records: Records = {}
     for c in runs:
         stage = Path(c.folder) / "05_evaluate"
-        for row in json.loads((stage / "results.json").read_text()):
+        for row in read_json(stage / "results.json", list[dict[str, Any]]):
             key = c.label, row["policy"]
             pooled.setdefault(key, []).append({**row, "values": c.values})
             kept = read_jsonl(stage / "completions" / f"{row['policy']}.jsonl", dict)
@@ -245,7 +250,7 @@ def logs(folder: Path) -> dict[str, list[dict[str, float]]]:
     for c in read(folder)[1]:
         path = Path(c.folder) / "03_grpo" / "log.json"
         if c.state == "complete" and path.is_file():
-            by_label.setdefault(c.label, []).append(json.loads(path.read_text()))
+            by_label.setdefault(c.label, []).append(read_json(path, list[dict[str, Any]]))
     return {
         label: [
             {key: sum(r[key] for r in step) / len(step) for key in step[0] if all(key in r for r in step)}
