@@ -5,9 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srlib import SrlibError
-from srlib.annotation import traces
+from srlib.annotation import judge, traces
 from srlib.annotation.answers import Usage, answer_of, read
+from srlib.data.rows import Problem
+from srlib.engine.transformers import TransformersEngine
 from srlib.params import Judge, load, reference
+from tests.conftest import random_model
 from tests.judge_server import JudgeServer, hard_steps
 from tests.test_judge import go, key, problems, settings  # noqa: F401 (a fixture)
 
@@ -167,7 +170,7 @@ def test_settings_of_models_that_reason(tmp_path):
 
 
 def test_cached_tokens_have_a_price(tmp_path):
-    usage = Usage(1, 1_000_000, 400_000, 100_000)
+    usage = Usage(1, 1_000_000, 100_000, 400_000)
     prices = {"price_in": 2.0, "price_out": 10.0}
     assert usage.cost(Judge(**prices)) == pytest.approx(2 + 1)
     assert usage.cost(Judge(**prices, price_cached=0.5)) == pytest.approx(0.6 * 2 + 0.4 * 0.5 + 1)
@@ -208,3 +211,13 @@ def test_half_a_character_in_an_answer_is_kept(tmp_path):
         assert record["snippets"][-1] == "\ud83d"
         assert go(settings(url), asked, path) == {record["key"]: record}
     assert server.requests == 1
+
+
+def test_an_answer_of_a_local_model_that_is_cut(tokenizer):
+    """A model with random weights writes until its room ends; the second time it has more."""
+    model = random_model(len(tokenizer), 0, context=4096)
+    asked = [Problem(id="a", prompt="1+1?", answer="2", trace="1+1=2;")]
+    config = settings(None, max_tokens=16, max_tokens_retry=32, temperatures=[0.0, 0.0])
+    local = judge.Local(config.judge, TransformersEngine(model, tokenizer, slots=1), 1)
+    (verdict,) = local.judge(asked, config)
+    assert verdict.reason == "cut at 32 tokens" and verdict.usage.completion_tokens == 16 + 32
