@@ -33,14 +33,29 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # na
 __version__ = "0.1.0"
 
 
+# Controls, half characters, and marks that turn the direction of what is behind them.
+UNSEEN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def visible(text: str, but: str = "") -> str:
+    """`text` with what would not be seen, or would change how the rest is, as escapes (`\\x1b`, `\\u202e`).
+
+    For all that models, data sets and users have written and people look at.
+
+    Args:
+        but: characters that are left as they are, such as line ends.
+    """
+    return UNSEEN.sub(lambda one: one[0] if one[0] in but else one[0].encode("unicode_escape").decode(), text)
+
+
 class SrlibError(Exception):
-    """A mistake the user can mend; its message says what is wrong and what would be right.
+    """A mistake the user can mend; its message says what is wrong and what would be right, in one visible line.
 
     A user name and a password in an address are left out of it.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(re.sub(r"(?<=://)[^\s'\"]*@", "…@", message))
+        super().__init__(visible(re.sub(r"(?<=://)[^\s'\"]*@", "…@", message)))
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from srlib import SrlibError, __version__
+from srlib import SrlibError, __version__, visible
 
 if TYPE_CHECKING:
     from srlib.params import Params
@@ -49,7 +49,7 @@ class _Parser(ArgumentParser):
     """A mistake is one sentence, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {visible(message)}; see {self.prog} --help\n")
 
 
 def _parser() -> ArgumentParser:

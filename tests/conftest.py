@@ -31,7 +31,13 @@ def pytest_collection_modifyitems(config, items):
             name = mark.args[0]
             if find_spec(modules[name]) is None and name not in os.environ.get("SRLIB_EXTRAS", "").split(","):
                 item.add_marker(pytest.mark.skip(reason=f"needs the extra {name}"))
+    # Of two workers each begins with one half: one with those that wait for the complete run, the other with the rest
+    # of the long ones.
     items.sort(key=lambda item: "notebooks" not in item.keywords)
+    alone = [item for item in items if "notebooks" in item.keywords and "finished" not in item.fixturenames]
+    others = [item for item in items if item not in alone]
+    middle = len(items) // 2
+    items[:] = [*others[:middle], *alone, *others[middle:]]
 
 
 @pytest.fixture(scope="session")

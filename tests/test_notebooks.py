@@ -172,6 +172,8 @@ def test_an_interrupted_run_is_stopped_and_goes_on(tmp_path):
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # A shell has what it starts in the background ignore SIGINT, and so all that that starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 600
     while not (executed.parent / "small.json").is_file() and time.monotonic() < deadline:

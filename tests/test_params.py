@@ -1,13 +1,19 @@
+import re
 import subprocess
 import sys
 
 import nbformat
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from papermill.translators import translate_parameters
 
 from srlib import SrlibError, params
+from srlib.__main__ import main
 from srlib.params import ROOT, Params, Section, reference
+from srlib.params.written import typed
+from srlib.run import sweep
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda p: p.name)
@@ -135,6 +141,13 @@ def test_papermill_with_single_values():
         ([CELL.replace("{}", '{"sft.epoch": 1}')], r"smoke.yaml: unknown key 'epoch'; did you mean 'epochs'\?"),
         ([CELL.replace("{}", '{"sfft": {"epochs": 1}}')], r"smoke.yaml: unknown key 'sfft'; did you mean 'sft'\?"),
         ([CELL.replace("{}", "3")], r"changes is 3; it must map names to values"),
+        ([CELL.replace("{}", "{1: 2}")], r"smoke.yaml: unknown key '1'"),
+        ([CELL, injected(run=131)], r"smoke.yaml: run is 131, which is no text; put it in quotes"),  # -p run 0131
+        ([CELL, injected(run=89, sft={})], r"parameters: run is 89, which is no text; put it in quotes"),  # -f, octal
+        (
+            [CELL + "import datetime\nrun = datetime.date(2025, 1, 31)\n"],
+            r"run is datetime.date\(2025, 1, 31\), which is no",
+        ),
         (["params_file = None\n"], r"No params file is named"),
     ],
 )
@@ -159,15 +172,172 @@ def test_papermill_itself(tmp_path):
     assert Params.model_validate_json(printed) == smoke(seed=4)
 
 
+SECTIONS = [section for section in vars(params).values() if isinstance(section, type) and issubclass(section, Section)]
+
+
+PLAIN = [
+    "0131",
+    "2025-01-31",
+    "2025-13-45",
+    "1e3",
+    "1.50",
+    "1_000",
+    "yes",
+    "No",
+    "on",
+    "true",
+    "0x10",
+    "0o7",
+    "-7",
+    "1.0.0",
+]
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_text_is_taken_as_it_is_written(tmp_path, text):
+    """What is a number, a date or a truth elsewhere: in a file, by `--set`, alone, in lists and in mappings."""
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"run: x\noffload: {{hint: {text}}}\ndata: {{test: {text}, traces: {{path: y, columns: {{id: {text}}}}}}}\n"
+        f"base: {{folder: {text}, stages: [{text}, b]}}\n"
+    )
+    p = params.load(path)
+    assert (p.offload.hint, p.base.folder, p.base.stages) == (text, text, [text, "b"])
+    assert (p.data.test.path, p.data.traces.columns) == (text, {"id": text})
+    assert params.load(path, **dict([params.parse_override(f"outputs={text}")])).outputs == text
+    again = tmp_path / "again.yaml"  # as a sweep writes the params of its runs
+    again.write_text(yaml.safe_dump(p.model_dump()))
+    assert params.load(again) == p
+    plan = sweep.plan("params/smoke.yaml", [f"offload.hint={text},x"])
+    assert [q.offload.hint for _, q in sweep.combinations(plan)[2]] == [text, "x"]
+
+
+def test_numbers_and_truths_are_read_as_such(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "run: x\nseed: 010\nthreads: +2\nsft: {learning_rate: 1e-4, epochs: .5, gradient_checkpointing: yes}\n"
+        "evaluate: {random_shares: [0.25, 5.0E-1]}\ngrpo: {reward_weights: {accuracy: 2}, use_vllm: False, vllm_url: ~}"
+    )
+    p = params.load(path)
+    assert (p.seed, p.threads, p.sft.learning_rate, p.sft.epochs) == (10, 2, 1e-4, 0.5)
+    assert p.sft.gradient_checkpointing and not p.grpo.use_vllm and p.grpo.vllm_url is None
+    assert p.evaluate.random_shares == [0.25, 0.5] and p.grpo.reward_weights == {"accuracy": 2.0}
+    values = [p.seed, p.threads, p.sft.epochs, *p.evaluate.random_shares]
+    assert {type(value) for value in values} == {int, float}
+    read = params.parse_override("x={a: [1, 0131, true], b: {c: 1.50}}")[1]
+    assert typed(read) == {"a": [1, "0131", True], "b": {"c": 1.5}} and typed(read)["a"][2] is True
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_what_is_passed_on_as_it_is_has_its_types(section):
+    """A field of any JSON is one of `Anything`: else numbers in it would go out with how they are written."""
+    for name, field in section.model_fields.items():
+        assert "JsonValue" not in str(field.annotation) or "typed" in str(field.annotation), name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: x\nsft: {epochs: 1}\noffload: {}\nsft: {lora_rank: 4}", "sft stands twice, in lines 2 and 4"),
+        (
+            "run: x\npair:\n  small: {path: a}\n  big: {path: b}\n  small: {}",
+            "pair.small stands twice, in lines 3 and 5",
+        ),
+        ("run: x\nsft: {epochs: 1, epochs: 1}", "sft.epochs stands twice, in line 2"),
+        ("run: x\n'seed': 1\nseed: 1", "seed stands twice, in lines 2 and 3"),
+        ("run: x\nevaluate: {entropies: [1, {a: 1, a: 2}]}", r"evaluate.entropies\[1\].a stands twice, in line 2"),
+        ("run: x\n? [a]\n: 1", "line 2 has a list or a mapping for a key"),
+        ("run: x\n{a: b}: 1", "line 2 has a list or a mapping for a key"),
+        ("run: x\n7: 1", "unknown key '7'"),
+        ("run: !!python/object/apply:os.getcwd []", "line 1 has the tag !!python/object/apply:os.getcwd"),
+        ("run: !!timestamp now", "line 1 has the tag !!timestamp"),
+        ("run: !mine x", "line 1 has the tag !mine"),
+        ("run: x\n<<: 3", "line 2 lays 3 under a mapping"),
+        ("run: x\nsft: *sft", "line 2, column 6: found undefined alias 'sft'"),
+        ("run: &x [*x]", "nests too deep"),
+        ("run: " + "[" * 1200, "nests too deep"),
+        ("\n".join(" " * i + "a:" for i in range(900)), "nests too deep"),
+        ("a: &a [" + "x, " * 999 + "x]\nb: &b [" + "*a, " * 99 + "*a]\nrun: [*b, *b]", "more than 100,000 values"),
+        ("run: x\n\tseed: 1", r"line 2, column 1: found character '\\t'"),
+        ("run: x\n---\nrun: y", "line 2, column 1: found another document"),
+        ("run: x\0y", r"the character '\\x00' at 7"),
+        ('run: "\\ud800"', r"line 1 has half a character, '\\ud800'"),
+        ("run:", "run is empty"),
+        ("run: [x]", r"run is \['x'\], which is no text"),
+        ("run: x\nseed: " + "9" * 5000, "seed is '9*…: unable to parse input string as an integer"),
+        ("run: x\nseed: 12:30", "seed is '12:30': input should be a valid integer"),
+        ("run: x\nthreads: yes", "threads is 'yes': input should be a valid integer"),
+        ("", "holds nothing"),
+        ("# run: x", "holds nothing"),
+        ("[run]", "holds a list"),
+        ("0131", "holds '0131' alone"),
+        (b"run: x\noffload: {hint: \xe9}", "is not UTF-8: line 2 has the byte 0xe9"),
+        ("run: x".encode("utf-16"), "is not UTF-8: line 1 has the byte 0xff"),
+        ("run: x".encode("utf-16-le"), r"the character '\\x00' at 2"),
+        (bytes(range(256)), "is not UTF-8: line 2 has the byte 0x80"),
+    ],
+)
+def test_what_is_no_params_file_is_one_sentence(tmp_path, capsys, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for command in ("run", "sweep", "plan"):
+        assert main([command, str(path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and "x.yaml" in line and re.search(message, line), line
+        assert len(line) < 600
+
+
+def test_names_for_values_are_no_ties_between_them(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("run: x\npair: {small: &one {path: a, dtype: float16}, big: {<<: *one, path: b}, tuned: *one}")
+    p = params.load(path, **{"pair.small.dtype": "float32"})
+    assert (p.pair.small.dtype, p.pair.big.dtype, p.pair.tuned.dtype) == ("float32", "float16", "float16")
+    assert (p.pair.small.path, p.pair.big.path) == ("a", "b")
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "x\0y", "", ".", "params"], ids=ascii)
+def test_a_file_that_cannot_be(path, capsys):
+    assert main(["plan", path]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@settings(max_examples=200)
+@given(data=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode)))
+def test_any_bytes_are_params_or_one_sentence(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(data)
+    for read in (params.load, sweep.plan):
+        with pytest.raises(SrlibError) as error:  # nothing so short and blind has a run
+            read(str(path))
+        assert "\n" not in str(error.value)
+
+
+YAML = st.text(st.sampled_from(list("[]{}:,-?&*!|>'\"%@#~ \n\t01e._ax\0\u202e\ud800")), max_size=24)
+
+
+@settings(max_examples=200)
+@given(
+    key=st.sampled_from([*Params.model_fields, "sft.epochs", "data.test.columns", "pair.small.path", "offload.hint"]),
+    text=YAML,
+)
+def test_any_text_is_a_setting_or_one_sentence(key, text):
+    for read in (lambda given: params.load("params/smoke.yaml", **dict([params.parse_override(given)])), plan_of):
+        try:
+            read(f"{key}={text}")
+        except SrlibError as error:
+            assert "\n" not in str(error)
+
+
+def plan_of(given: str) -> None:
+    sweep.combinations(sweep.plan("params/smoke.yaml", [given, "grpo.beta=0,1"]))
+
+
 def test_set_flag():
     assert params.parse_override("sft.epochs=2.5") == ("sft.epochs", 2.5)
     with pytest.raises(SrlibError, match="not of the form"):
         params.parse_override("sft.epochs")
     with pytest.raises(SrlibError, match=r"--set 'sft.epochs=\[1' is not valid YAML"):
         params.parse_override("sft.epochs=[1")
-
-
-SECTIONS = [section for section in vars(params).values() if isinstance(section, type) and issubclass(section, Section)]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)

@@ -6,6 +6,7 @@ import pytest
 
 from srlib import SrlibError
 from srlib.data import arith, problems, prompts
+from srlib.data.journal import Journal
 from srlib.data.rows import Annotated, Problem, read_jsonl, write_jsonl
 from srlib.params import Params, Source
 
@@ -61,6 +62,29 @@ def test_annotated_spans_are_checked(tmp_path):
         read_jsonl(tmp_path / "a.jsonl", Annotated)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": "1"}, "line 2 is not a Annotated: its id stands twice: '1', in line 1 too"),
+        ({"spans": [[1, 2], [0, 1]]}, r"line 2 is not a Annotated: .*span \(0, 1\) is empty, overlaps another"),
+        ({"spans": [[-1, 2]]}, "line 2 is not a Annotated: .*leaves"),
+        ({"spans": [[0, 1.5]]}, "line 2 is not a Annotated: spans.0.1: "),
+        ({"trace": "a<bigmodel>b</bigmodel>c"}, "line 2 is not a Annotated: .*it holds a tag already"),
+        ({"share": float("nan")}, "line 2 is not a Annotated: share: "),
+        ({"share": 20}, "line 2 is not a Annotated: share: "),
+        ({"trace": None}, "line 2 is not a Annotated: trace: "),
+        ({"trace": "\ud800bc"}, "line 2 is not a Annotated: .*surrogates not allowed"),
+    ],
+)
+def test_annotated_rows_of_another_hand(tmp_path, change, message):
+    row = {"id": "1", "prompt": "?", "answer": "1", "trace": "abc", "spans": [[0, 2]], "share": 0.7, "annotator": "x"}
+    path = write_jsonl(tmp_path / "a.jsonl", [row, row | {"id": "2"}])
+    assert [x.tagged for x in read_jsonl(path, Annotated)] == ["<bigmodel>ab</bigmodel>c"] * 2
+    with pytest.raises(SrlibError, match=message) as error:
+        read_jsonl(write_jsonl(path, [row, row | {"id": "2"} | change]), Annotated)
+    assert "\n" not in str(error.value)
+
+
 def test_prompts_go_through_the_chat_template(tokenizer):
     assert prompts.encode_prompt(tokenizer, "1+2?") == tokenizer.encode("1+2?")
 
@@ -112,6 +136,15 @@ GOOD = {"id": "p1", "prompt": "6*7?", "answer": "42"}
         ({"trace": ["", "seven", "six"]}, {"trace": "seven"}),
         ({"trace": ["first", "second"], "correct": [False, True]}, {"trace": "second"}),
         ({"trace": ["first", "second"], "correct": [False, False]}, {}),
+        ({"trace": ["first", "second"], "correct": [0, True]}, {"trace": "second"}),
+        ({"trace": ["first", "second"], "correct": True}, {"trace": "first"}),
+        ({"prompt": "6*7\ud800?"}, {"prompt": "6*7\\ud800?"}),
+        (
+            {"trace": ["x\udfff"], "meta": {"\udc80": ["\ud800"]}},
+            {"trace": "x\\udfff", "meta": {"\\udc80": ["\\ud800"]}},
+        ),
+        ({"prompt": "6*7\\\ud800\\ud800?"}, {"prompt": "6*7\\\\ud800\\ud800?"}),
+        ({"prompt": "6*7\U0001f600?"}, {"prompt": "6*7\U0001f600?"}),
         ({"meta": {"level": 3}}, {"meta": {"level": 3}}),
         ({"meta": "of another kind", "year": 1999}, {}),
     ],
@@ -141,8 +174,20 @@ def test_what_a_row_may_hold(tmp_path, columns, row, problem):
         ({"trace": {"text": "seven sixes"}}, "trace is a mapping"),
         ({"trace": [{"role": "assistant", "content": "42"}]}, "trace is a conversation"),
         ({"trace": [False, "seven sixes"]}, "trace is true or false"),
+        ({"trace": ["x", "y"], "correct": [True, "true"]}, "correct is text"),
+        ({"trace": ["x", "y"], "correct": [True, 2]}, "correct is a number"),
+        ({"trace": ["x", "y"], "correct": [True]}, "correct has not one mark for each generation"),
+        ({"trace": "x", "correct": [True, False]}, "correct has not one mark for each generation"),
         ('{"id": "p1", "prompt": ', "Invalid JSON"),
-        ('["p1", "6*7?", "42"]', "Input should be an object"),
+        ('["p1", "6*7?", "42"]', "a line is one object, and this is a list of 3"),
+        ("[", "a list begins here, and a file is one object a line"),
+        ("null", "a line is one object, and this is null"),
+        ('{"prompt": "6*7?", "answer": "42", "answer": "43"}', "a key stands twice"),
+        ('{"prompt": "6*7?", "answer": "42", "meta": {"a": {"level": 1, "level": 2}}}', "a key stands twice"),
+        ('{"prompt": "6*7?", "answer": ' + "[" * 9000 + "]" * 9000 + "}", "Invalid JSON"),
+        ('{"prompt": "6\x00*7?"}', "Invalid JSON"),
+        ({"answer": [["42"]]}, "answer is a list of 1"),
+        ({"answer": float("-inf")}, "answer is not a number"),
         (GOOD | {"id": "0", "prompt": "1+1?"}, "its id stands twice"),
     ],
 )
@@ -158,6 +203,34 @@ def test_a_bad_row_is_an_error_or_is_left_out_and_counted(tmp_path, columns, row
     wanted = rf"holds 2 problems that can be used \(1 dropped: {reason}\), fewer than the 3 asked for"
     with pytest.raises(SrlibError, match=wanted):
         problems.load(source, 3, on_bad="drop")
+
+
+@pytest.mark.parametrize(
+    ("mark", "trace"), [(1, "x"), (0, None), (1.0, "x"), ("true", SrlibError), ({"by": "hand"}, SrlibError)]
+)
+def test_a_column_of_marks_that_is_named_holds_marks(tmp_path, mark, trace):
+    source = written(tmp_path, [GOOD | {"trace": "x", "correct": mark}], FOREIGN)
+    if trace is SrlibError:
+        with pytest.raises(SrlibError, match="line 1 is not a Problem: correct is (text|a mapping)"):
+            problems.load(source)
+    else:
+        assert problems.load(source)[0].trace == trace
+
+
+def test_names_that_no_file_can_have():
+    for path in ("x" * 5000 + ".jsonl", "x\0.jsonl"):
+        with pytest.raises(SrlibError, match="There is no file x"):
+            problems.load(path)
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    rows = [{"text": "\ud800 \\ud800 \\\udfff \u202e\0\u2028é", "\udc00": ["\ud83d", 1]}, {"text": "\\"}]
+    assert read_jsonl(write_jsonl(tmp_path / "x.jsonl", rows), dict) == rows
+    for _ in range(2):
+        with Journal(tmp_path / "x.journal.jsonl") as journal:
+            if not journal.records:
+                journal.append(*({"key": str(i), **row} for i, row in enumerate(rows)))
+            assert list(journal.records.values()) == [{"key": str(i), **row} for i, row in enumerate(rows)]
 
 
 def test_both_lines_of_an_id_are_named(tmp_path):

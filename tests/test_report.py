@@ -38,6 +38,18 @@ def test_compare_in_words_and_numbers(tmp_path, capsys):
     assert "grpo:learned: B is less accurate by" in capsys.readouterr().out
 
 
+def test_names_are_text_on_the_screen(tmp_path, capsys):
+    name = "\x1b[2J\u202elearned\n$x^{$"
+    a, b = (run(tmp_path / folder, {name: (0.2, 0.0)}, seed=i) for i, folder in enumerate(("a", "b\u2066")))
+    assert main(["compare", a, b]) == 0
+    printed = capsys.readouterr().out
+    assert r"\x1b[2J\u202elearned\n$x^{$" in printed and r"b\u2066" in printed
+    assert all(character.isprintable() for line in printed.splitlines() for character in line)
+    assert main(["compare", a, b, "--policy", "\x1b[2J"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+    assert main(["params", "\x1b[2J"]) == 2 and "\x1b" not in capsys.readouterr().err
+
+
 def test_mistakes(tmp_path, capsys):
     def says(*arguments):
         assert main(["compare", *arguments]) == 2
@@ -53,5 +65,10 @@ def test_mistakes(tmp_path, capsys):
     assert "have no policy in common" in says(a, run(tmp_path / "c", {"big": (0.9, 1.0)}))
     (tmp_path / "a" / "05_evaluate" / "completions" / "small.jsonl").write_text('{"id": "0", "text": "…"}\n')
     assert "is not complete" in says(a, a)
-    (tmp_path / "a" / "05_evaluate" / "results.json").write_text("[{")
-    assert "is damaged" in says(a, a)
+    for wrong in ({"correct": "yes"}, {"big_tokens": None}, {"id": 5}):
+        record = {"id": "0", "correct": True, "big_tokens": 1, "small_tokens": 1} | wrong
+        write_jsonl(tmp_path / "a" / "05_evaluate" / "completions" / "small.jsonl", [record])
+        assert "is not complete" in says(a, a)
+    for damaged in ("[{", "null", '{"policy": "small"}', '[{"policy": "small"}]', '[{"policy": [1]}]', "3"):
+        (tmp_path / "a" / "05_evaluate" / "results.json").write_text(damaged)
+        assert "is damaged" in says(a, a)

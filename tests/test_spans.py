@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 
 import pytest
@@ -40,14 +41,68 @@ def test_ids_round_trip(tags, case):
     assert spans.inside(tagged, tags) == [any(a <= i < b for a, b in wanted) for i in range(len(x))]
 
 
-@given(st.lists(st.sampled_from([OPEN, CLOSE, OTHER_CLOSE, "a", "b<", "/bigmodel>"]), max_size=20))
-def test_any_text_has_one_reading(pieces):
-    text = "".join(pieces)
-    plain, found = spans.strip(text), spans.parse(text)
+PIECES = [
+    OPEN,
+    CLOSE,
+    OTHER_CLOSE,
+    "a",
+    "<",
+    "<big",
+    "</big",
+    "<\\big",
+    "</",
+    "<\\",
+    "bigmodel>",
+    "model>",
+    "/bigmodel>",
+    ">",
+]
+READINGS = {
+    "text": (st.lists(st.sampled_from(PIECES), max_size=24).map("".join), TEXT),
+    "ids": (st.lists(st.integers(7, 11), max_size=24), IDS),
+    "long": (st.lists(st.sampled_from([7, 1, 2, 3, 9]), max_size=24), LONG),
+    "one in the other": (st.lists(st.integers(7, 9), max_size=16), Tags((7, 8), ((7, 9, 8), (8, 7)))),
+}
+
+
+@pytest.mark.parametrize("form", READINGS)
+@given(data=st.data())
+def test_what_is_promised_of_any_sequence(form, data):
+    some, tags = READINGS[form]
+    x = data.draw(some)
+    plain, found, faults = spans.strip(x, tags), spans.parse(x, tags), spans.faults(x, tags)
+    assert spans.strip(plain, tags) == plain and not spans.parse(plain, tags) and not spans.faults(plain, tags)
     assert all(a.end <= b.start for a, b in zip(found, found[1:]))
     assert all(0 <= s.start < s.end <= len(plain) for s in found)
-    if not spans.faults(text):
-        assert spans.wrap(plain, found) == text.replace(OTHER_CLOSE, CLOSE)
+    assert spans.inside(x, tags) == [any(a <= i < b for a, b in found) for i in range(len(plain))]
+    if (
+        not faults and form != "one in the other"
+    ):  # tags like those cannot be told from each other in any other spelling
+        assert spans.wrap(plain, found, tags) == usual(x, tags)
+
+
+def usual(x, tags):
+    """`x` with every closing tag spelled as it is written, by a reading from left to right."""
+    written = x if isinstance(x, str) else "".join(map(chr, x))
+    opening, *closes = ("".join(map(chr, tag)) if isinstance(tag, tuple) else tag for tag in (tags.open, *tags.closes))
+    spelled = re.compile("|".join(map(re.escape, (opening, *closes))))
+    new = spelled.sub(lambda match: match.group() if match.group() == opening else closes[0], written)
+    return new if isinstance(x, str) else list(map(ord, new))
+
+
+@pytest.mark.parametrize("form", READINGS)
+@given(data=st.data())
+def test_what_wrap_gives_is_read_as_it_was_given(form, data):
+    some, tags = READINGS[form]
+    x = data.draw(some)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(x)), max_size=6)))
+    wanted = [Span(a, b) for a, b in zip(cuts[::2], cuts[1::2])]
+    try:
+        tagged = spans.wrap(x, wanted, tags)
+    except ValueError:
+        assert form != "text" or spans.strip(x) != x  # a text without tags is never refused
+    else:
+        assert (spans.strip(tagged, tags), spans.parse(tagged, tags)) == (x, wanted)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +114,10 @@ def test_any_text_has_one_reading(pieces):
         (f"a{OPEN}{CLOSE}b", [], {"empty": 1}),
         (f"a{OPEN}", [], {"unclosed": 1, "empty": 1}),
         (f"{OPEN}a{CLOSE}{OPEN}b{CLOSE}", [(0, 1), (1, 2)], {}),
+        ("<bigmodel<bigmodel>>", [], {"nested": 1, "split": 1, "unclosed": 1, "empty": 1}),
+        (f"{OPEN}ab<big{CLOSE}model>c{CLOSE}", [(0, 2), (2, 3)], {"split": 1}),
+        (f"{OPEN}ab<\\big{OPEN}model>c", [(0, 2)], {"nested": 1, "split": 1}),
+        (f"<big<big{OPEN}model>model>a{OTHER_CLOSE}", [(0, 1)], {"nested": 2, "split": 2}),
     ],
 )
 def test_faults(text, found, wanted):
@@ -70,6 +129,12 @@ def test_faults(text, found, wanted):
 def test_wrap_refuses_what_cannot_be(bad):
     with pytest.raises(ValueError, match="empty, overlaps another, or leaves"):
         spans.wrap("abcd", [Span(*s) for s in bad])
+
+
+def test_wrap_refuses_a_text_with_tags():
+    for x in (f"a{OPEN}b", f"a{CLOSE}", "a<big</bigmodel>model>b"):
+        with pytest.raises(ValueError, match="holds a tag already"):
+            spans.wrap(x, [Span(0, 1)])
 
 
 def test_merge():

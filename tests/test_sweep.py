@@ -107,10 +107,25 @@ def test_one_failure_among_others(tmp_path):
         ("vary: {a: [1", [], "is not valid YAML"),
         ("params: params/smoke.yaml\nvary: {grpo.beta: []}", [], "vary.grpo.beta is an empty list"),
         ("params: params/smoke.yaml\nvary: {}", ["grpo.beta="], "names no value"),
+        ("vary: {grpo.beta: [0, 1]}", [], "params is missing"),
+        ("params: [a]\nvary: {}", [], r"params is \['a'\], which is no text"),
+        ("params: params/smoke.yaml\nvary: [grpo.beta]", ["grpo.beta=0,1"], "vary is .*valid dictionary"),
+        ("params: params/smoke.yaml\nvary:", ["grpo.beta=0,1"], "vary is None: input should be a valid dictionary"),
+        ("params: params/smoke.yaml\nvary: {grpo.beta: 1}", [], "vary.grpo.beta is 1: input should be a valid list"),
+        ("params: params/smoke.yaml\nvary: {}\nfix: [1]", ["a=1"], "fix is .*valid dictionary"),
+        ("params: params/smoke.yaml\nvary: {}\nseeds: 3", [], "seeds is 3: input should be a valid list"),
+        ("params: params/smoke.yaml\nvary: {}\nseeds: [0, x]", [], "seeds.1 is 'x': input should be a valid integer"),
+        ("params: params/smoke.yaml\nvary: {}\nseeds: []", [], "seeds is an empty list"),
+        ("params: params/smoke.yaml\nvary: {}\nseeds: [1, 0, 0]", [], "seeds holds 0 twice"),
+        ("params: params/smoke.yaml\nvary: {grpo.beta: [0, 0.0]}", [], "vary.grpo.beta holds 0.0 twice"),
+        ("params: params/smoke.yaml\nvary: {seed: [1, 2]}", [], "seed cannot be set here"),
+        ("params: params/smoke.yaml\nvary: {}", ["run=a,b"], "run cannot be set here"),
+        ("params: params/smoke.yaml\nvary: {}\nvary: {}", [], "vary stands twice, in lines 2 and 3"),
+        ("params: params/smoke.yaml\nvari: {}", [], None),
     ],
 )
 def test_a_sweep_that_cannot_be_read_is_one_sentence(tmp_path, text, sets, said):
     file = tmp_path / "x.yaml"
     file.write_text(text)
-    with pytest.raises(SrlibError, match=said):
-        sweep.plan(str(file), sets)
+    with pytest.raises(SrlibError, match=said or "unknown key 'params'"):
+        sweep.combinations(sweep.plan(str(file), sets))

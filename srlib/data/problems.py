@@ -6,8 +6,10 @@ that fails them is an error, or is left out and counted with its reason: `on_bad
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
@@ -15,19 +17,19 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 
 from srlib import SrlibError
 from srlib.data import benchmarks, prompts
 from srlib.data.benchmarks import Benchmark, Row
-from srlib.data.rows import Problem, lines
+from srlib.data.rows import Problem, lines, parsed
 from srlib.params import Params, Source
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 SAME = {field: field for field in ("id", "prompt", "answer", "trace", "correct", "meta")}  # the columns' own names
+HALVES = re.compile("[\ud800-\udfff]")  # what is left of them when pairs are read as one character
 WINDOW = 10_000  # rows of a stream that are held to be drawn from
 
 
@@ -144,19 +146,26 @@ def _placed_rows(source: Source, n: int | None, seed: int) -> Iterator[tuple[str
             return
         rows = benchmarks.procedural(source, n, seed)
     elif source.file is not None:
-        adapter = TypeAdapter(Row)
         for number, line in lines(source.file):
-            try:
-                yield f"line {number}", adapter.validate_json(line)
-            except ValidationError as error:
-                reason, _, seen = error.errors()[0]["msg"].partition(": ")
-                yield f"line {number}", Bad(reason, seen)
+            yield f"line {number}", _parsed(line)
         return
     else:
         stream = hub_rows(source)
         rows = stream if n is None else stream.shuffle(seed, buffer_size=WINDOW)
     for number, row in enumerate(rows, 1):
         yield f"row {number}", row
+
+
+def _parsed(line: str) -> Row | Bad:
+    """The row in a line of a file; a lone surrogate, which no model and no table takes, is kept as an escape."""
+    try:
+        row = parsed(line)
+        if "\\u" in line:
+            row = json.loads(HALVES.sub(lambda half: rf"\\u{ord(half[0]):x}", json.dumps(row, ensure_ascii=False)))
+    except ValueError as error:
+        reason, _, seen = str(error).partition(": ")
+        return Bad("a list begins here, and a file is one object a line" if line[0] == "[" else reason, seen)
+    return row if isinstance(row, dict) else Bad(f"a line is one object, and this is {_kind(row)}")
 
 
 def _check_columns(source: Source, rows: list[Row], worked: bool) -> None:
@@ -206,11 +215,16 @@ def _trace(fields: Row, marked: bool, worked: bool) -> str | None:
     if any(isinstance(each, dict) for each in several):
         raise Bad(f"trace is {_kind(given)}", given)
     correct = fields.get("correct")
-    marks = correct if isinstance(correct, list) else [correct]
+    marks = correct if isinstance(correct, list) else [correct] * len(several)
     if not marked and not any(isinstance(mark, bool) for mark in marks):  # a column that is called so by chance
         marks = [True] * len(several)
+    odd = [mark for mark in marks if mark not in (True, False, None)]  # 1 and 0, too
+    if odd:
+        raise Bad(f"correct is {_kind(odd[0])}", odd[0])
+    if len(marks) != len(several):
+        raise Bad("correct has not one mark for each generation", f"{len(marks)} for {len(several)}")
     written = [(each, right) for each, right in zip(several, marks) if each is not None and not _blank(str(each))]
-    first = next((each for each, right in written if right is True), None)
+    first = next((each for each, right in written if right), None)
     if first is None and worked:
         raise Bad("no generation is marked right" if written else "no trace")
     return None if first is None else _text("trace", first)
@@ -245,5 +259,6 @@ def _kind(value: object) -> str:
         return "a conversation"
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    words = {dict: "a mapping", bool: "true or false", float: "not a number"}
+    words: dict[type, str] = {dict: "a mapping", bool: "true or false", float: "not a number"}
+    words |= {int: "a number", str: "text", type(None): "null"}
     return words.get(type(value), type(value).__name__)

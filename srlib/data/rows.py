@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from srlib import SrlibError
 from srlib.data import spans
@@ -42,7 +42,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         SrlibError: no such file, an empty file, or one that cannot be read or is not UTF-8.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # no error, whatever the name is
         raise SrlibError(f"There is no file {path}.")
     number, empty = 0, True
     try:
@@ -61,23 +61,51 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         raise SrlibError(f"{path} is empty: it needs at least one line.")
 
 
-def read_jsonl(path: str | Path, row: type[Row]) -> list[Row]:
-    """Every line of `path` as a `row`: a model of pydantic, or a plain dict.
+def parsed(line: str) -> Any:
+    """The JSON in a line.
 
     Raises:
-        SrlibError: no such file, an empty file, one that is not UTF-8, or a line that is no such row
-            (its number is named).
+        ValueError: it is none, it nests too deep, or a key stands twice in one mapping.
+    """
+    try:
+        return json.loads(line, object_pairs_hook=_mapping)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"Invalid JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("Invalid JSON: it nests too deep") from None
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for at, (key, _) in enumerate(pairs) if key in dict(pairs[:at]))
+        raise ValueError(f"a key stands twice: {twice!r}")
+    return found
+
+
+def read_jsonl(path: str | Path, row: type[Row]) -> list[Row]:
+    """Every line of `path` as a `row`: a model of pydantic, with an `id` of its own, or a plain dict.
+
+    Raises:
+        SrlibError: no such file, an empty file, one that is not UTF-8, a line that is no such row
+            (its number is named), or two of one id (both are).
     """
     rows, adapter = [], TypeAdapter(row)
+    places: dict[str, int] = {}
     for number, line in lines(Path(path)):
         try:
-            rows.append(adapter.validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise SrlibError(
-                f"{path}, line {number} is not a {row.__name__}: {field + ': ' if field else ''}{first['msg']}."
-            ) from None
+            rows.append(adapter.validate_python(parsed(line)))
+            if isinstance(found := rows[-1], Problem | Annotated):
+                before = places.setdefault(found.id, number)
+                if before != number:
+                    raise ValueError(f"its id stands twice: {found.id!r}, in line {before} too")
+        except ValueError as error:
+            reason = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                field = ".".join(map(str, first["loc"]))
+                reason = f"{field + ': ' if field else ''}{first['msg'].removeprefix('Value error, ')}"
+            raise SrlibError(f"{path}, line {number} is not a {row.__name__}: {reason}.") from None
     return rows
 
 
@@ -85,7 +113,7 @@ def write_jsonl(path: str | Path, rows: Iterable[BaseModel | dict[str, Any]]) ->
     """Write `rows` to `path`, whole or not at all (a temporary file takes its place at the end)."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
+    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate, as JSON writes it
         for row in rows:
             values = row.model_dump() if isinstance(row, BaseModel) else row
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
@@ -103,12 +131,13 @@ class Annotated(BaseModel):
     answer: str
     trace: str
     spans: list[Span]
-    share: float  # of the trace's tokens
+    share: float = Field(ge=0, le=1)  # of the trace's tokens
     annotator: str
 
     @model_validator(mode="after")
     def _spans_fit(self) -> Annotated:
         spans.wrap(self.trace, self.spans)
+        (self.prompt + self.trace).encode()  # fails for a lone surrogate, which no tokenizer takes
         return self
 
     @property

@@ -51,7 +51,7 @@ class Trace:
     @property
     def small_tokens(self) -> int:
         """Tokens by the small model, tags excluded."""
-        return len(spans.strip(self.ids, self.tags)) - self.big_tokens
+        return max(0, len(spans.strip(self.ids, self.tags)) - self.big_tokens)  # a split tag may hold a big token
 
     @property
     def malformed(self) -> Counter[str]:

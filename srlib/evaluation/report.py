@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from srlib import SrlibError
+from srlib import SrlibError, visible
 from srlib.data.rows import read_jsonl
 from srlib.evaluation import stats
 from srlib.params import find, nearest
+
+SETTINGS = ("dataset", "samples_per_problem", "max_tokens")  # in which runs that are compared are alike
+COUNTED = {"id": str, "correct": bool, "big_tokens": int, "small_tokens": int}  # of a completion
 
 
 def compare(a: str | Path, b: str | Path, policies: list[str] | None = None) -> str:
@@ -53,7 +56,7 @@ def compare(a: str | Path, b: str | Path, policies: list[str] | None = None) -> 
         )
         words.append(_sentence(name, d, records))
     head = [f"A  {a}", f"B  {b}", *_unlike(rows, names), ""]
-    return "\n".join([*head, *table, "", *words])
+    return "\n".join(map(visible, [*head, *table, "", *words]))
 
 
 def _sentence(name: str, d: stats.Difference, records: list[list[dict[str, Any]]]) -> str:
@@ -71,7 +74,7 @@ def _sentence(name: str, d: stats.Difference, records: list[list[dict[str, Any]]
 def _unlike(rows: list[dict[str, dict]], names: list[str]) -> list[str]:
     """Warnings: settings in which the two differ, so that more than the models is compared."""
     found = []
-    for key in ("dataset", "samples_per_problem", "max_tokens"):
+    for key in SETTINGS:
         first, last = names[0].partition(":")[0], names[0].rpartition(":")[2]
         values = rows[0][first][key], rows[1][last][key]
         if values[0] != values[1]:
@@ -84,7 +87,7 @@ def _rows(folder: str | Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise SrlibError(f"There is no {path}: run stage 05 there first (python -m srlib run … --until 05_evaluate).")
     try:
-        return {row["policy"]: row for row in json.loads(path.read_text())}
+        return {row["policy"]: {key: row[key] for key in SETTINGS} for row in json.loads(path.read_text())}
     except (ValueError, KeyError, TypeError):
         raise SrlibError(f"{path} is damaged; run stage 05 again: python -m srlib run … --only 05_evaluate") from None
 
@@ -95,7 +98,7 @@ def _completions(folder: str | Path, policy: str) -> list[dict[str, Any]]:
         records = read_jsonl(path, dict)
     except SrlibError as error:
         raise SrlibError(f"{error} Run stage 05 again: python -m srlib run … --only 05_evaluate") from None
-    if any("correct" not in record for record in records):
+    if not all(isinstance(record.get(key), kind) for record in records for key, kind in COUNTED.items()):
         raise SrlibError(f"{path} is not complete; run stage 05 again: python -m srlib run … --only 05_evaluate")
     return records
 

@@ -4,6 +4,7 @@
 - `stages`: one section for each stage and each command
 - `run`: all sections together, `Params`, and where a run's artefacts lie
 - `loading`: from a file or a notebook to checked values; a sentence where they are wrong
+- `written`: YAML as it is written, text as text
 - `reference`: every setting in words, what `python -m srlib params` prints
 - `names`: the nearest name to one that is none
 - `paths`: the clone, and paths as they are seen from here
@@ -13,7 +14,7 @@ A file in the folder `params/` is a scale: the same notebooks run on a laptop or
 the file differs. This room knows names, types and limits; it knows nothing of models, and no torch.
 """
 
-from srlib.params.loading import build, from_notebook, load, parse_override
+from srlib.params.loading import build, from_notebook, load, parse_override, read_file
 from srlib.params.models import ModelSpec, Pair, Section
 from srlib.params.names import nearest
 from srlib.params.paths import ROOT, find, here
@@ -39,5 +40,5 @@ from srlib.params.stages import (
 __all__ = [
     "ROOT", "Annotate", "Arith", "ArithModel", "Base", "Bench", "Data", "Evaluate", "Grpo", "Hardware", "Judge",
     "Latency", "ModelSpec", "Offload", "Pair", "Params", "Section", "Sft", "Source", "build", "find",
-    "from_notebook", "here", "load", "nearest", "parse_override", "slots_for",
+    "from_notebook", "here", "load", "nearest", "parse_override", "read_file", "slots_for",
 ]  # fmt: skip

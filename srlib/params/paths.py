@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # the clone: holds params/, notebooks/, outputs/
@@ -9,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]  # the clone: holds params/, notebook
 
 def find(path: str | Path) -> Path | None:
     """`path` as it is seen from here or, failing that, from the clone; None if in neither."""
-    return next((p for p in (Path(path), ROOT / path) if p.exists()), None)
+    return next((p for p in (Path(path), ROOT / path) if os.path.exists(p)), None)
 
 
 def here(path: str | Path) -> str:

@@ -12,6 +12,7 @@ from srlib.params.models import ModelSpec, Section
 from srlib.params.names import unknown
 from srlib.params.paths import find
 from srlib.params.secrets import Address, Variable
+from srlib.params.written import Plain
 
 
 class ArithModel(Section):
@@ -77,7 +78,7 @@ class Source(Section):
     @model_validator(mode="before")
     @classmethod
     def _plain(cls, given: Any) -> Any:
-        return {"path": str(given)} if isinstance(given, str | Path) else given
+        return {"path": str(given)} if isinstance(given, str | Path | Plain) else given
 
     @property
     def file(self) -> Path | None:

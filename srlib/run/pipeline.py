@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from srlib import SrlibError
+from srlib import SrlibError, visible
 from srlib.cost import memory
 from srlib.data import journal
 from srlib.params import Params, from_notebook, nearest
@@ -90,7 +90,7 @@ def run(
             print(f"{name:<16} {f'unchanged ({seconds})' if dry else f'unchanged, skipped ({seconds})'}", flush=True)
             continue
         made_new.append(name)
-        print(f"{name:<16} {'would run' if dry else 'runs'}: {_told(causes)}", flush=True)
+        print(f"{name:<16} {'would run' if dry else 'runs'}: {visible(_told(causes))}", flush=True)
         if not dry and not run_stage(p, name, manifest):
             return 1
     if not dry:
@@ -159,7 +159,7 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
         manifest.finish(name, "failed", time.perf_counter() - start)
         last_line = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
         print(f"{name:<16} failed after {time.perf_counter() - start:.0f} s", flush=True)
-        print(f"{name}: {last_line}\nThe executed notebook is {here(executed)}", file=sys.stderr)
+        print(f"{name}: {visible(last_line)}\nThe executed notebook is {here(executed)}", file=sys.stderr)
         return False
     except BaseException:
         manifest.finish(name, "stopped", time.perf_counter() - start)
@@ -187,11 +187,11 @@ def _last_screen(p: Params) -> None:
     for row in rows:
         low, high = row["ci95"]
         print(
-            f"{row['policy']:<16}{row['accuracy']:>9.1%}  {f'{low:.1%} – {high:.1%}':<16}"
+            f"{visible(row['policy']):<16}{row['accuracy']:>9.1%}  {f'{low:.1%} – {high:.1%}':<16}"
             f"{row['offload_share']:>13.1%}{row['handovers']:>11.2f}"
         )
     first = rows[0]
     print(
-        f"{first['dataset']}: n = {first['n_problems']}, {first['samples_per_problem']} sample(s) a problem, "
+        f"{visible(first['dataset'])}: n = {first['n_problems']}, {first['samples_per_problem']} sample(s) a problem, "
         f"≤ {first['max_tokens']} tokens\n\nresults  {here(results)}\nfigure   {here(folder / 'accuracy_by_share.png')}"
     )

@@ -22,14 +22,16 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
-from srlib import SrlibError, params
+from srlib import SrlibError, params, visible
 from srlib.data.rows import read_jsonl, write_json
 from srlib.evaluation import stats
 from srlib.params import Params, Section, paths
+from srlib.params.written import typed
 from srlib.run import pipeline, stages
 
 NOTEBOOK = "06_reward_ablation"
 OF_THE_BASE = ("run", "outputs")  # where runs lie; changes no stage
+OF_A_RUN = ("run", "outputs", "seed", "base")  # what a sweep sets for each of its runs
 MEASURED = ["big", "learned", "grpo"]  # what stage 05 measures in a combination; the rest does not change
 
 
@@ -63,27 +65,32 @@ def plan(path: str, sets: Sequence[str] = (), seeds: Sequence[int] | None = None
         seeds, name: in place of the file's.
 
     Raises:
-        SrlibError: a file or key is wrong.
+        SrlibError: a file or key is wrong, a list is empty or holds a value twice.
     """
-    found = params.find(path)
-    try:
-        values = yaml.safe_load(found.read_text()) if found is not None and found.is_file() else {}
-    except yaml.YAMLError as error:
-        raise SrlibError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not (isinstance(values, dict) and "vary" in values):
-        values = {"params": path, "vary": {}}
-    values.setdefault("name", Path(path).stem if values["params"] != path else "")
+    values = params.read_file(path)
+    if "vary" not in values:
+        values = {"params": path, "name": ""}
+    chosen = params.build({"name": Path(path).stem, **values}, path, Plan)
     for text in sets:
         key, several = params.parse_override(text, several=True)
         if not several:
             raise SrlibError(f"--set {text!r} names no value; give one or several: {key}=1,2")
-        values.get("vary", {}).pop(key, None)
-        values.setdefault("vary" if len(several) > 1 else "fix", {})[key] = several if len(several) > 1 else several[0]
-    if seeds is not None:
-        values["seeds"] = list(seeds)
-    chosen = params.build(values, path, Plan)
-    if empty := [key for key, several in chosen.vary.items() if not several]:
-        raise SrlibError(f"{path}: vary.{empty[0]} is an empty list; give it the values to try.")
+        chosen.vary.pop(key, None)
+        if len(several) > 1:
+            chosen.vary[key] = several
+        else:
+            chosen.fix[key] = several[0]
+    chosen.seeds = list(chosen.seeds if seeds is None else seeds)
+    for key, several in {**{f"vary.{key}": some for key, some in chosen.vary.items()}, "seeds": chosen.seeds}.items():
+        if not several:
+            raise SrlibError(f"{path}: {key} is an empty list; give it the values to try.")
+        if twice := [value for at, value in enumerate(several) if value in several[:at]]:
+            raise SrlibError(f"{path}: {key} holds {twice[0]!r} twice; once is enough.")
+    for key in (*chosen.vary, *chosen.fix):
+        if key in OF_A_RUN and not (key in chosen.fix and key in OF_THE_BASE):
+            raise SrlibError(
+                f"{path}: {key} cannot be set here: each run of a sweep has its own; seeds are in `seeds`."
+            )
     chosen.name = name or chosen.name or "-".join(key.rpartition(".")[2] for key in chosen.vary) or "fixed"
     return chosen
 
@@ -112,12 +119,12 @@ def combinations(chosen: Plan) -> tuple[Params, dict[int, Params], list[tuple[Co
         base = {"folder": str(bases[seed].run_dir), "stages": shared} if shared else None
         for point in itertools.product(*chosen.vary.values()):
             values = dict(zip(chosen.vary, point))
-            label = ", ".join(f"{name}={_plain(value)}" for name, value in zip(names, point)) or "fixed"
+            label = visible(", ".join(f"{name}={_plain(value)}" for name, value in zip(names, point))) or "fixed"
             folder = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{label}-seed{seed}".replace("=", "-"))
             given = {"evaluate.policies": MEASURED, **chosen.fix, **values}
             place = {"seed": seed, "run": folder, "outputs": str(top.run_dir), "base": base}
             p = params.load(chosen.params, **{**given, **place})
-            runs.append((Combination(label, values, seed, str(p.run_dir)), p))
+            runs.append((Combination(label, typed(values), seed, str(p.run_dir)), p))
     return top, bases, runs
 
 
@@ -249,7 +256,7 @@ def logs(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def _write(folder: Path, chosen: Plan, runs: Sequence[Combination]) -> None:
-    kept = {"plan": chosen.model_dump(), "runs": [asdict(c) for c in runs]}
+    kept = {"plan": typed(chosen.model_dump()), "runs": [asdict(c) for c in runs]}
     write_json(folder / "sweep.json", kept)
 
 
@@ -283,4 +290,4 @@ def _needed(shared: Sequence[str]) -> set[str]:
 
 
 def _plain(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return json.dumps(typed(value)) if isinstance(value, dict | list) else str(value)

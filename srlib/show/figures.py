@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from srlib import visible
+from srlib.show.tables import NO_MATHS, escaped
+
 SMALL_COLOUR, BIG_COLOUR = "#4c72b0", "#dd8452"
 
 
@@ -21,6 +23,12 @@ def save(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG; in a notebook it is shown as well."""
     figure.savefig(path, dpi=120, bbox_inches="tight")
     return path
+
+
+def label(text: object) -> str:
+    """`text` for a figure, as it is: a dollar begins no formula, and what begins with _ is not left out of a legend."""
+    seen = visible(str(text)).replace("$", r"\$")
+    return f" {seen}" if seen.startswith("_") else seen
 
 
 def _axes(width: float = 6.0, height: float = 3.6, columns: int = 1) -> tuple[Figure, Any]:
@@ -34,7 +42,7 @@ def losses(curves: dict[str, Sequence[float]], steps: dict[str, Sequence[float]]
     figure, axes = _axes()
     for name, curve in curves.items():
         x = np.arange(1, len(curve) + 1) if steps is None else np.asarray(steps[name])
-        _running_mean(axes, x, curve, max(1, len(curve) // 30), label=name)
+        _running_mean(axes, x, curve, max(1, len(curve) // 30), label=label(name))
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", yscale="log")
     axes.legend()
     return figure
@@ -47,13 +55,13 @@ def learning_curves(logs: dict[str, Sequence[dict]]) -> Figure:
         logs: name → the trainer's log, a record a step.
     """
     figure, panels = _axes(10, 3.6, columns=2)
-    for axes, key, label in zip(panels, ("rewards/accuracy/mean", "offload_share"), ("accuracy", "offload share")):
+    for axes, key, what in zip(panels, ("rewards/accuracy/mean", "offload_share"), ("accuracy", "offload share")):
         for name, log in logs.items():
             steps = [record["step"] for record in log if key in record]
             values = np.array([record[key] for record in log if key in record])
             if len(values):
-                _running_mean(axes, steps, values, max(1, len(log) // 15), label=name)
-        axes.set(xlabel="GRPO step", ylabel=f"{label} of the rollouts")
+                _running_mean(axes, steps, values, max(1, len(log) // 15), label=label(name))
+        axes.set(xlabel="GRPO step", ylabel=f"{what} of the rollouts")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if len(logs) > 1:
         panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
@@ -78,8 +86,8 @@ def step_accuracy(table: dict[str, dict[str, tuple[int, int]]]) -> Figure:
         bounds = [t.proportion_ci(method="wilson") if t else (np.nan, np.nan) for t in tests]
         error = np.abs(np.array(bounds).T - values)
         place = np.arange(len(operations)) + (i - (len(names) - 1) / 2) * width
-        axes.bar(place, values, width, yerr=error, label=name, color=colour, capsize=3)
-        axes.set_xticks(range(len(operations)), operations)
+        axes.bar(place, values, width, yerr=error, label=label(name), color=colour, capsize=3)
+        axes.set_xticks(range(len(operations)), list(map(label, operations)))
     axes.set(xlabel="operation", ylabel="right steps", ylim=(0, 1.05))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(loc="lower left")
@@ -106,18 +114,18 @@ def span_positions(
     ]
     if lengths is not None:
         drawn.append((panels[2], lengths, "characters in a span"))
-    for axes, data, label in drawn:
+    for axes, data, what in drawn:
         names = [name for name in data if len(data[name])]
         top = max((max(data[name]) for name in names), default=0)
         sns.histplot(
-            {name: np.asarray(data[name]) for name in names},
+            {label(name): np.asarray(data[name]) for name in names},
             bins=np.linspace(0, 1, 21) if axes is left else np.arange(0.5, top + 1) if 1 < top <= 40 else 20,
             stat="probability",
             common_norm=False,
             element="step",
             ax=axes,
         )
-        axes.set(xlabel=label)
+        axes.set(xlabel=what)
     for axes, what in zip(panels, ("spans", "traces", "spans")):
         axes.set(ylabel=what)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -145,7 +153,7 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
         (by_name[name], colour) for name, colour in (("small", SMALL_COLOUR), ("big", BIG_COLOUR)) if name in by_name
     ]
     for row, colour in alone:
-        axes.axhline(row["accuracy"], color=colour, linestyle="--", label=f"{row['policy']} alone")
+        axes.axhline(row["accuracy"], color=colour, linestyle="--", label=label(f"{row['policy']} alone"))
         axes.axhspan(*row["ci95"], color=colour, alpha=0.12)
     drawn = ["small", "big"]
     for family, ends, colour, marker in CURVES:
@@ -210,7 +218,8 @@ def _share_against_accuracy(axes: Axes, row: dict, measured: str) -> None:
 
 
 def _measured(row: dict, measured: str) -> str:
-    return f"{measured}, {row['samples_per_problem']} sample(s) a problem, ≤ {row['max_tokens']} tokens; 95 % intervals"
+    how = f"{row['samples_per_problem']} sample(s) a problem, ≤ {row['max_tokens']} tokens; 95 % intervals"
+    return label(f"{measured}, {how}")
 
 
 def _running_mean(
@@ -221,20 +230,23 @@ def _running_mean(
     axes.plot(x, values, alpha=0.25, color=line.get_color())
 
 
-def _points(axes: Axes, rows: Sequence[dict], colour: Any, label: str, **style: Any) -> None:
+def _points(axes: Axes, rows: Sequence[dict], colour: Any, name: str, **style: Any) -> None:
     values = np.array([row["accuracy"] for row in rows])
     error = np.abs(np.array([row["ci95"] for row in rows]).T - values)
-    axes.errorbar([row["offload_share"] for row in rows], values, error, color=colour, label=label, capsize=3, **style)
+    axes.errorbar(
+        [row["offload_share"] for row in rows], values, error, color=colour, label=label(name), capsize=3, **style
+    )
 
 
 def coloured(pieces: Sequence[tuple[str, bool]], title: str = "") -> str:
     """A trace as HTML: `pieces` are (text, by the big model), the big model's are marked."""
     body = "".join(
-        f'<mark style="background:{BIG_COLOUR};color:white">{html.escape(text)}</mark>' if big else html.escape(text)
+        f'<mark style="background:{BIG_COLOUR};color:white">{escaped(text)}</mark>' if big else escaped(text)
         for text, big in pieces
     )
-    heading = f"<b>{html.escape(title)}</b><br>" if title else ""
-    return f'<div style="font-family:monospace;white-space:pre-wrap;margin:6px 0">{heading}{body}</div>'
+    heading = f"<b>{escaped(title)}</b><br>" if title else ""
+    style = "font-family:monospace;white-space:pre-wrap;margin:6px 0"
+    return f'<div class="{NO_MATHS}" style="{style}">{heading}{body}</div>'
 
 
 def accuracy_by_mode(rows: Sequence[dict]) -> Figure:
@@ -246,7 +258,7 @@ def accuracy_by_mode(rows: Sequence[dict]) -> Figure:
     mixed = [0 < row["offload_share"] < 1 for row in rows]
     alone = [BIG_COLOUR if row["offload_share"] else SMALL_COLOUR for row in rows]
     colours = ["olivedrab" if m else colour for m, colour in zip(mixed, alone)]
-    axes.barh([row["policy"] for row in rows], values, xerr=error, color=colours, capsize=3)
+    axes.barh([label(row["policy"]) for row in rows], values, xerr=error, color=colours, capsize=3)
     for place, row in enumerate(rows):
         axes.text(1.02, place, f"{row['offload_share']:.1%}", va="center", fontsize=9)
     axes.text(1.02, len(rows) - 0.3, "share", fontsize=9)
@@ -260,9 +272,9 @@ def speed_up_by_share(curves: dict[str, tuple[Sequence[float], Sequence[float]]]
     """How many times faster than the big model alone, by offload share; `curves`: name → (shares, times)."""
     figure, axes = _axes()
     for name, (shares, times) in curves.items():
-        axes.plot(shares, times, marker="o", markersize=4, label=name)
+        axes.plot(shares, times, marker="o", markersize=4, label=label(name))
     axes.axhline(1, color="grey", linewidth=1)
-    axes.set(xlabel="offload share", ylabel="speed-up over the big model alone", title=title)
+    axes.set(xlabel="offload share", ylabel="speed-up over the big model alone", title=label(title))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend()
     return figure
@@ -285,10 +297,10 @@ def accuracy_by_time(rows: Sequence[dict], title: str = "") -> Figure:
             row["seconds"], row["accuracy"], error, color=colours[row["big"]], marker=markers[row["policy"]], capsize=2
         )
     for big in bigs:
-        axes.plot([], [], color=colours[big], label=big)
+        axes.plot([], [], color=colours[big], label=label(big))
     for policy in policies:
-        axes.plot([], [], color="grey", linestyle="none", marker=markers[policy], label=policy)
-    axes.set(xlabel="seconds a problem", ylabel="accuracy", xscale="log", ylim=(0, 1.03), title=title)
+        axes.plot([], [], color="grey", linestyle="none", marker=markers[policy], label=label(policy))
+    axes.set(xlabel="seconds a problem", ylabel="accuracy", xscale="log", ylim=(0, 1.03), title=label(title))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     return figure
@@ -298,7 +310,7 @@ def latency_by_load(curves: dict[str, tuple[Sequence[float], Sequence[float]]]) 
     """Mean seconds of a request against requests a second; `curves`: name → (rates, seconds)."""
     figure, axes = _axes()
     for name, (rates, seconds) in curves.items():
-        axes.plot(rates, seconds, marker="o", markersize=4, label=name)
+        axes.plot(rates, seconds, marker="o", markersize=4, label=label(name))
     axes.set(xlabel="requests a second", ylabel="mean latency (s)", xscale="log", yscale="log")
     axes.legend(fontsize=9)
     return figure

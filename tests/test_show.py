@@ -1,0 +1,169 @@
+"""What models and data sets write is text wherever it is shown."""
+
+import inspect
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import pyplot as plt
+from matplotlib.text import Text
+
+from srlib import SrlibError, visible
+from srlib.params import ROOT
+from srlib.show import figures
+from srlib.show.tables import table
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "$x^{$",
+    r"\$ and $$",
+    "\u202edesrever",
+    "nul\0bell\a",
+    "\ud800",
+    "_hidden",
+    "\x1b[31m",
+]
+SHOWN = [r"$x^{$", r"\$ and $$", r"\u202edesrever", r"nul\x00bell\x07", r"\ud800", "_hidden", r"\x1b[31m"]
+
+
+@given(st.text(st.characters() | st.sampled_from("\u2066\u200f\x7f\x85\u2028\ud83d\n\t"), max_size=20))
+def test_what_is_visible(text):
+    seen = visible(text)
+    seen.encode()
+    assert visible(seen) == seen and seen.isprintable() >= text.isprintable()
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", seen)
+    assert visible(text, but="\n").count("\n") == text.count("\n")
+    assert str(SrlibError(text)) == seen and len(str(SrlibError(text)).splitlines()) <= 1
+
+
+def test_words_of_any_script_are_left_as_they_are():
+    text = "naïve שלום مرحبا 漢字 😀👩‍👩‍👧 ½ €"
+    assert visible(text) == text
+
+
+def frames():
+    """Tables with hostile names and cells wherever they may be."""
+    names = [name for name in HOSTILE if name != "\ud800"]  # pandas takes none
+    cells = pd.DataFrame({"a": names, "b": range(len(names)), "c": [[name] for name in names]})
+    yield cells
+    yield cells.set_index("a")
+    yield pd.DataFrame({name: [1.5] for name in names})
+    yield pd.concat({name: cells.set_index("a") for name in HOSTILE[:2]}, axis=1)
+    yield cells.set_index(["a", "b"])
+    named = cells.set_index("a").rename_axis(HOSTILE[0], axis=0).rename_axis(HOSTILE[0], axis=1)
+    yield named
+    yield pd.Series(dict.fromkeys(names, 1)).to_frame(HOSTILE[0])
+    yield cells.pivot_table("b", "a", "a", "first")
+
+
+@pytest.mark.parametrize("frame", frames())
+def test_a_table_shows_text(frame):
+    page = table(frame).to_html()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    page.encode()
+    assert not re.search("[\x00\x07\x1b\u202e]", page)
+    assert 'class="tex2jax_ignore mathjax_ignore"' in page
+
+
+def test_a_table_shows_numbers():
+    page = table({"n": [1234, 5], "x": [0.12345, float("nan")], "ok": [True, None]}, 2).to_html()
+    assert "1 234" in page and "0.12" in page and "0.123" not in page and "nan" in page and "True" in page
+    page = table([{"n": 1.0, "m": 3.0}, {"n": 0.0, "m": 3.0}], warm=["n"], warmest=2.0, index=False).to_html()
+    assert page.count("background-color") == 2 and "row_heading" not in page
+    assert "<table" in table([]).to_html()
+
+
+def row(name, **values):
+    return {
+        "policy": name, "label": name, "big": name, "dataset": name, "accuracy": 0.5, "ci95": [0.4, 0.6], "seconds": 2.0,
+        "offload_share": 0.3, "by_seed": [(0.5, 0.3)], "n_problems": 9, "samples_per_problem": 1, "max_tokens": 96,
+    } | values  # fmt: skip
+
+
+def drawn(name):
+    """Every figure of the room, with `name` wherever a name is."""
+    curve, log = {name: ([0.1, 0.5], [1.0, 2.0])}, [{"step": i, "offload_share": 0.1} for i in range(4)]
+    log = [record | {"rewards/accuracy/mean": 0.5} for record in log]
+    return {
+        figures.losses: lambda: figures.losses({name: [2.0, 1.0, 0.5]}),
+        figures.learning_curves: lambda: figures.learning_curves({name: log, "other": log}),
+        figures.step_accuracy: lambda: figures.step_accuracy({name: {name: (1, 2), "+": (1, 3)}}),
+        figures.span_positions: lambda: figures.span_positions({name: [0.1, 0.5]}, {name: [0.1, 0.2]}, {name: [3, 4]}),
+        figures.accuracy_by_share: lambda: figures.accuracy_by_share([row("small"), row("big"), row(name)]),
+        figures.front: lambda: figures.front(
+            [row(name, policy="grpo"), row("x", policy="learned"), row(name, policy="big")]
+        ),
+        figures.accuracy_by_mode: lambda: figures.accuracy_by_mode([row(name), row("big", dataset=name)]),
+        figures.speed_up_by_share: lambda: figures.speed_up_by_share(curve, name),
+        figures.accuracy_by_time: lambda: figures.accuracy_by_time([row(name)], name),
+        figures.latency_by_load: lambda: figures.latency_by_load(curve),
+    }
+
+
+def test_every_figure_is_drawn_here():
+    """A figure that is added is to be among them."""
+    made = {f for _, f in inspect.getmembers(figures, inspect.isfunction) if f.__module__ == figures.__name__}
+    assert {f for f in made if inspect.signature(f).return_annotation == "Figure"} == set(drawn("x"))
+
+
+NAMES = dict(zip(HOSTILE[1:], SHOWN))
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # for a name so long
+@pytest.mark.parametrize("figure", drawn("x"), ids=lambda figure: figure.__name__)
+def test_a_figure_shows_text(figure, tmp_path):
+    """All hostile names at once, and each as it is: a formula would be drawn, or end the stage; a `_` would hide a curve."""
+    made = drawn("; ".join(HOSTILE))[figure]()
+    figures.save(made, tmp_path / "x.png")
+    texts = [text for text in made.findobj(Text) if "alert" in text.get_text()]
+    assert texts
+    for text in texts:
+        shown, maths = text._preprocess_math(text.get_text())
+        assert not maths and all(seen in shown for seen in SHOWN)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_one_hostile_name_alone(name, tmp_path):
+    made = figures.losses({name: [2.0, 1.0, 0.5]})
+    figures.save(made, tmp_path / "x.png")
+    (text,) = made.axes[0].get_legend().get_texts()
+    shown, maths = text._preprocess_math(text.get_text())
+    assert shown.strip() == NAMES[name] and not maths
+    plt.close("all")
+
+
+def test_formulas_of_our_own_are_drawn():
+    made = figures.losses({"a": np.linspace(2, 0.001, 30)})
+    made.canvas.draw()
+    assert any("$" in label.get_text() for label in made.axes[0].get_yticklabels())  # of a logarithmic axis
+    assert all(
+        label._preprocess_math(label.get_text())[1] for label in made.axes[0].get_yticklabels() if label.get_text()
+    )
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_a_trace_shows_text(name):
+    page = figures.coloured([(f"{name}\n", False), (name, True)], name)
+    page.encode()
+    assert "<script" not in page and not re.search("[\x00\x07\x1b\u202e]", page)
+    assert 'class="tex2jax_ignore mathjax_ignore"' in page and "\n" in page
+
+
+def test_notebooks_show_tables_by_the_one_function():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] != "code":
+                continue
+            assert ".style" not in source and "to_html" not in source and "Markdown(" not in source
+            last = source.rstrip().splitlines()[-1] if source.strip() else ""
+            *_, shown = re.split(r"\n(?=\S)", source.rstrip())
+            assert not re.match(r"pd\.|\w+\.(T|pivot_table|to_frame|head)\b", shown), (path.name, last)
+            for line in re.findall(r"HTML\((?:.|\n)*", source):
+                assert "figures.coloured(" in line, path.name
