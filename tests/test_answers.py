@@ -1,5 +1,7 @@
 """How a judge's answer is read, whatever it is, and what it is asked with."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -197,6 +199,16 @@ def test_cached_tokens_have_a_price(tmp_path):
 def test_settings_that_do_not_go_together(wrong, told):
     with pytest.raises(SrlibError, match=told):
         load("params/smoke.yaml", annotate={"method": "judge", "judge": {"model": "m", **wrong}})
+
+
+def test_numbers_in_extra_body_are_numbers(tmp_path):
+    """As they stand in a file, and so they are sent."""
+    (tmp_path / "x.yaml").write_text(
+        "run: x\nannotate: {judge: {model: m, extra_body: {top_k: 20, min_p: 0.5, a: {b: [1, on, null, 0131]}}}}"
+    )
+    config = load(tmp_path / "x.yaml").annotate.judge
+    body = json.loads(json.dumps(judge.Endpoint(config.model_copy(update={"key": None})).body("?", 0)))
+    assert {"top_k": 20, "min_p": 0.5}.items() <= body.items() and body["a"]["b"][0] == 1
 
 
 def test_the_reference_says_what_extra_body_holds():
