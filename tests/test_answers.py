@@ -1,13 +1,18 @@
 """How a judge's answer is read, whatever it is, and what it is asked with."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from srlib import SrlibError
-from srlib.annotation import traces
+from srlib.annotation import judge, traces
 from srlib.annotation.answers import Usage, answer_of, read
+from srlib.data.rows import Problem
+from srlib.engine.transformers import TransformersEngine
 from srlib.params import Judge, load, reference
+from tests.conftest import random_model
 from tests.judge_server import JudgeServer, hard_steps
 from tests.test_judge import go, key, problems, settings  # noqa: F401 (a fixture)
 
@@ -167,7 +172,7 @@ def test_settings_of_models_that_reason(tmp_path):
 
 
 def test_cached_tokens_have_a_price(tmp_path):
-    usage = Usage(1, 1_000_000, 400_000, 100_000)
+    usage = Usage(1, 1_000_000, 100_000, 400_000)
     prices = {"price_in": 2.0, "price_out": 10.0}
     assert usage.cost(Judge(**prices)) == pytest.approx(2 + 1)
     assert usage.cost(Judge(**prices, price_cached=0.5)) == pytest.approx(0.6 * 2 + 0.4 * 0.5 + 1)
@@ -196,6 +201,16 @@ def test_settings_that_do_not_go_together(wrong, told):
         load("params/smoke.yaml", annotate={"method": "judge", "judge": {"model": "m", **wrong}})
 
 
+def test_numbers_in_extra_body_are_numbers(tmp_path):
+    """As they stand in a file, and so they are sent."""
+    (tmp_path / "x.yaml").write_text(
+        "run: x\nannotate: {judge: {model: m, extra_body: {top_k: 20, min_p: 0.5, a: {b: [1, on, null, 0131]}}}}"
+    )
+    config = load(tmp_path / "x.yaml").annotate.judge
+    body = json.loads(json.dumps(judge.Endpoint(config.model_copy(update={"key": None})).body("?", 0)))
+    assert {"top_k": 20, "min_p": 0.5}.items() <= body.items() and body["a"]["b"][0] == 1
+
+
 def test_the_reference_says_what_extra_body_holds():
     assert "mapping of names to" in reference.table("annotate.judge.extra_body")
 
@@ -208,3 +223,13 @@ def test_half_a_character_in_an_answer_is_kept(tmp_path):
         assert record["snippets"][-1] == "\ud83d"
         assert go(settings(url), asked, path) == {record["key"]: record}
     assert server.requests == 1
+
+
+def test_an_answer_of_a_local_model_that_is_cut(tokenizer):
+    """A model with random weights writes until its room ends; the second time it has more."""
+    model = random_model(len(tokenizer), 0, context=4096)
+    asked = [Problem(id="a", prompt="1+1?", answer="2", trace="1+1=2;")]
+    config = settings(None, max_tokens=16, max_tokens_retry=32, temperatures=[0.0, 0.0])
+    local = judge.Local(config.judge, TransformersEngine(model, tokenizer, slots=1), 1)
+    (verdict,) = local.judge(asked, config)
+    assert verdict.reason == "cut at 32 tokens" and verdict.usage.completion_tokens == 16 + 32

@@ -211,12 +211,10 @@ def test_a_second_error_does_not_hide_the_first(tmp_path, monkeypatch, full):
     """A stage fails, and the manifest cannot be written either: the run tells of the stage."""
     import papermill
 
-    from srlib.run import manifest as module
-
     p = load("params/smoke.yaml", outputs=str(tmp_path))
 
     def fails(*args, **kwargs):
-        full(module, "write_json")
+        full(os, "replace")
         raise papermill.PapermillExecutionError(0, 1, "", "ValueError", "of the stage", [])
 
     monkeypatch.setattr(papermill, "execute_notebook", fails)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from urllib.parse import quote
 
 import nbformat
 import pytest
@@ -16,6 +17,7 @@ from nbclient import NotebookClient
 from srlib.params import ROOT
 from srlib.run.stages import STAGES
 from tests.conftest import command_line as srlib
+from tests.judge_server import JudgeServer, hard_steps
 
 pytestmark = pytest.mark.notebooks
 OF_A_RUN = [name for name in STAGES if name != "06_reward_ablation"]  # that one belongs to a sweep
@@ -282,3 +284,25 @@ def test_by_hand(copy, stage):
     images = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     html = [o for c in notebook.cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
     assert images if stage == "02_sft" else html
+
+
+def test_a_judge_that_repeats_its_key(copy, monkeypatch):
+    """The run fails in one sentence, and the key is on no screen and in no file, however it was quoted."""
+    key = 'k-7f"3a/b\\c&%e+0d1'
+    monkeypatch.setenv("TEST_KEY", key)
+    judge = JudgeServer(hard_steps)
+    echo = {"error": {"message": f"wrong key: {key} {json.dumps(key)} {quote(key, safe='')}"}}
+    judge.fault = lambda trace, n: (401, echo) if judge.good.total() >= 20 else None
+    folder = copy / "smoke" / "01_annotate"
+    with judge.serve() as url:
+        asked = ("method=judge", "compare=[]", f"judge.base_url={url}", "judge.model=m", "judge.key=TEST_KEY")
+        settings = [word for each in asked for word in ("--set", f"annotate.{each}")]
+        done = srlib("run", "params/smoke.yaml", *settings, "--set", f"outputs={copy}", "--only", "01_annotate")
+    sentence = "does not take the key in TEST_KEY: status 401, wrong key: [key]"
+    assert done.returncode == 1 and not (folder / "annotated.jsonl").exists()
+    assert sentence in done.stderr and sentence in (folder / "01_annotate.ipynb").read_text()
+    (journal,) = folder.glob("judge-*.journal.jsonl")
+    assert len(journal.read_text().splitlines()) == judge.good.total() >= 20
+    files = [file.read_bytes() for file in copy.rglob("*") if file.is_file()]
+    for form in {key, json.dumps(key)[1:-1], json.dumps(json.dumps(key)[1:-1])[1:-1], quote(key, safe="")}:
+        assert form not in done.stdout + done.stderr and not any(form.encode() in data for data in files)

@@ -54,8 +54,8 @@ class Usage:
 
     requests: int = 0
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of those
     completion_tokens: int = 0
+    cached_tokens: int = 0  # of those of the prompts
 
     def cost(self, config: Judge) -> float:
         cached = config.price_in if config.price_cached is None else config.price_cached
@@ -192,8 +192,9 @@ def _text(content: Any) -> str | None:
 def _usage(given: Any) -> Usage:
     """The tokens of one request, as far as the server says them."""
     details = at(given, "prompt_tokens_details")
-    prompt, cached = count(at(given, "prompt_tokens")), count(at(details, "cached_tokens"))
-    return Usage(0, prompt, min(cached, prompt), count(at(given, "completion_tokens")))
+    used = Usage(0, count(at(given, "prompt_tokens")), count(at(given, "completion_tokens")))
+    used.cached_tokens = min(count(at(details, "cached_tokens")), used.prompt_tokens)
+    return used
 
 
 def count(value: Any) -> int:

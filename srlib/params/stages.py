@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
 from srlib.params.models import ModelSpec, Section
 from srlib.params.names import unknown
 from srlib.params.paths import find
 from srlib.params.secrets import Address, Variable
-from srlib.params.written import Plain
+from srlib.params.written import Anything, Plain
 
 
 class ArithModel(Section):
@@ -122,7 +122,7 @@ class Judge(Section):
     limit_by: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="what a request calls that limit; OpenAI's models that reason take the second alone"
     )
-    extra_body: dict[str, JsonValue] = Field(
+    extra_body: dict[str, Anything] = Field(
         {}, description="more of each request, as the server names it, such as {reasoning_effort: low}"
     )
     batch: bool = Field(
