@@ -3,7 +3,7 @@
 Rooms, from the top; each may use those below it, and none above:
 
     run          the notebooks in order, many runs, the bench: what the command line does
-    show         figures
+    show         figures and tables
     training     fine-tuning, reinforcement
     annotation   which parts of a trace the big model should write
     evaluation   what a policy reaches, and how sure that is
@@ -52,7 +52,7 @@ class SrlibError(Exception):
     """A mistake the user can mend; its message says what is wrong and what would be right, in one visible line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(message))
+        super().__init__(visible(re.sub(r"\s*\n\s*", " ", message.strip())))
 
 
 def __getattr__(name: str) -> Any:
