@@ -3,7 +3,7 @@
 Rooms, from the top; each may use those below it, and none above:
 
     run          the notebooks in order, many runs, the bench: what the command line does
-    show         figures
+    show         figures and tables
     training     fine-tuning, reinforcement
     annotation   which parts of a trace the big model should write
     evaluation   what a policy reaches, and how sure that is
@@ -55,7 +55,8 @@ class SrlibError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(re.sub(r"(?<=://)[^\s'\"]*@", "…@", message)))
+        one_line = re.sub(r"\s*\n\s*", " ", message.strip())
+        super().__init__(visible(re.sub(r"(?<=://)[^\s'\"]*@", "…@", one_line)))
 
 
 def __getattr__(name: str) -> Any:

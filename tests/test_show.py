@@ -37,7 +37,11 @@ def test_what_is_visible(text):
     assert visible(seen) == seen and seen.isprintable() >= text.isprintable()
     assert not re.search("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", seen)
     assert visible(text, but="\n").count("\n") == text.count("\n")
-    assert str(SrlibError(text)) == seen and len(str(SrlibError(text)).splitlines()) <= 1
+    assert visible(str(SrlibError(text))) == str(SrlibError(text))
+
+
+def test_an_error_is_one_line():
+    assert str(SrlibError("a \x1b[2J:\n  b\r\n")) == r"a \x1b[2J: b"
 
 
 def test_words_of_any_script_are_left_as_they_are():

@@ -221,7 +221,7 @@ def _trace(fields: Row, marked: bool, worked: bool) -> str | None:
     odd = [mark for mark in marks if mark not in (True, False, None)]  # 1 and 0, too
     if odd:
         raise Bad(f"correct is {_kind(odd[0])}", odd[0])
-    if len(marks) != len(several):
+    if given and len(marks) != len(several):
         raise Bad("correct has not one mark for each generation", f"{len(marks)} for {len(several)}")
     written = [(each, right) for each, right in zip(several, marks) if each is not None and not _blank(str(each))]
     first = next((each for each, right in written if right), None)
