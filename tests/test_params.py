@@ -5,7 +5,7 @@ import sys
 import nbformat
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from papermill.translators import translate_parameters
 
@@ -302,11 +302,12 @@ def test_a_file_that_cannot_be(path, capsys):
 
 
 @settings(max_examples=200)
+@example(data=b"?")  # a mapping without a key, which is no sweep
 @given(data=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode)))
 def test_any_bytes_are_params_or_one_sentence(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(data)
-    for read in (params.load, sweep.plan):
+    for read in (params.load, lambda path: sweep.combinations(sweep.plan(path))):
         with pytest.raises(SrlibError) as error:  # nothing so short and blind has a run
             read(str(path))
         assert "\n" not in str(error.value)
