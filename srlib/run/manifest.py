@@ -18,7 +18,7 @@ from srlib.data.rows import read_json, write_json
 from srlib.params.paths import find, here
 from srlib.params.run import Params
 from srlib.run.locks import LOCK
-from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, Stage, artefacts
+from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, Stage, artefacts, needed
 
 # Packages that decide what comes out of a stage, by their name in the code; what draws, prints and sums is none.
 PACKAGES = "torch transformers tokenizers trl peft accelerate datasets math_verify reasoning_gym rapidfuzz".split()
@@ -104,7 +104,7 @@ class Manifest:
             SrlibError: a file has changed since.
         """
         found = artefacts(self.p)
-        for artefact in STAGES[name].reads:
+        for artefact in needed(self.p, name):
             maker = MAKERS[artefact]
             if found[artefact].given or maker not in STAGES or maker in made_now:
                 continue

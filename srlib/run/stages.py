@@ -65,12 +65,19 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
     Raises:
         SrlibError: something is missing or damaged; the sentence names it and the stage that makes it.
     """
-    for name in STAGES[stage].reads:
-        policies = WRITTEN_WITH.get(name) if stage == "05_evaluate" else None
-        if policies and not policies & {*p.evaluate.policies}:
-            continue
+    for name in needed(p, stage):
         if MAKERS[name] not in made_now or artefacts(p)[name].given:
             require_artefact(p, name, stage)
+
+
+def needed(p: Params, stage: str) -> list[str]:
+    """The artefacts that a stage reads; stage 05 does not need a model that no policy writes with."""
+    policies = {*p.evaluate.policies}
+    return [
+        name
+        for name in STAGES[stage].reads
+        if stage != "05_evaluate" or name not in WRITTEN_WITH or policies & WRITTEN_WITH[name]
+    ]
 
 
 def require_artefact(p: Params, name: str, reader: str) -> None:
