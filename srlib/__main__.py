@@ -44,8 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a disk that is full, or may not be written
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG):
             raise
-        file = error.filename or "A file"
-        print(f"error: {file} cannot be written ({error.strerror}); mend that, and run again", file=sys.stderr)
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; mend that, and run again", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; what is finished is kept: run again to go on", file=sys.stderr)

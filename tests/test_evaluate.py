@@ -1,6 +1,5 @@
 """Completions: written, kept as they end, taken up again, graded, and summed up in a row."""
 
-import json
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -10,6 +9,7 @@ import pytest
 from srlib import SrlibError
 from srlib.data import arith, spans
 from srlib.data.grade import Grade
+from srlib.data.journal import Journal
 from srlib.data.rows import Problem, read_jsonl
 from srlib.decoding.policies import Learned, Never, Policy, Random
 from srlib.engine.transformers import TransformersEngine
@@ -116,7 +116,8 @@ def test_a_killed_run_goes_on_and_asks_nothing_again(pair, tokenizer, problems, 
         k: v for k, v in row_again.items() if k not in ("wall_s", "tokens_per_s")
     }
     assert row_again["wall_s"] > 0
-    assert [json.loads(line) for line in file.read_text().splitlines()] == found
+    with Journal(file) as kept:
+        assert list(kept.records.values()) == found
     assert write(file)[1] == 0  # complete
     assert write(file, key="other settings")[1] == begun
 

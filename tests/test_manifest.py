@@ -162,7 +162,7 @@ def test_a_stage_says_why_it_runs_again(clone, tmp_path, monkeypatch):
     edit(clone / "srlib/training/sft.py", "from __future__", "# A comment.\nfrom __future__")
     edit(clone / "srlib/run/pipeline.py", "import logging", "import logging\n\nNEW = 1")
     assert why() == []
-    edit(clone / "srlib/training/sft.py", "import json", "import json\n\nNEW = 1")
+    edit(clone / "srlib/training/sft.py", "import shutil", "import shutil\n\nNEW = 1")
     assert why() == ["srlib.training.sft changed"]
     many = ["data/rows", "data/spans", "engine/models", "engine/slots"]
     for module in many:

@@ -9,7 +9,6 @@ what any of them must beat, and `given` takes the tags that the traces come with
 
 from __future__ import annotations
 
-import json
 import random as random_numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from srlib.data import digests, spans
 from srlib.data.journal import Journal
 from srlib.data.problems import told
 from srlib.data.prompts import encode_prompt
-from srlib.data.rows import Annotated, Problem, write_jsonl
+from srlib.data.rows import Annotated, Problem, write_json, write_jsonl
 from srlib.data.spans import Span
 from srlib.engine.models import load_tokenizer
 from srlib.engine.protocol import Engine
@@ -77,7 +76,7 @@ def run(
     write_jsonl(folder / "annotated.jsonl", rows)
     report |= {"annotated": len(rows), "dropped": dict(dropped.most_common())}
     report |= {"share": sum(row.share for row in rows) / len(rows), **took}
-    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    write_json(folder / "report.json", report)
     return rows, report
 
 

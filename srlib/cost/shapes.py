@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from srlib import SrlibError
+from srlib.data.rows import read_json
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,15 @@ def shape(path: str) -> Shape:
         SrlibError: none of them knows it.
     """
     file = Path(path) / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    config = read_json(file, dict[str, Any], "make it again") if file.is_file() else {}
     if config.get("model_type") == "qwen2":
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
         names += ["intermediate_size", "vocab_size", "max_position_embeddings", "tie_word_embeddings"]
         if all(name in config for name in names):
-            return qwen2(*(config[name] for name in names))
+            try:
+                return qwen2(*(config[name] for name in names))
+            except (TypeError, ZeroDivisionError) as error:
+                raise SrlibError(f"{file} is damaged ({error}): make it again.") from None
     named = re.search(r"r1-distill-qwen-(1\.5b|7b|14b|32b)", path.lower())
     return KNOWN[named[1]] if named and not config else _built(path)
 

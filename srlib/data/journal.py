@@ -9,12 +9,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from srlib import SrlibError
+from srlib.data.rows import unwritten, whole
+
+CHECKSUM = re.compile(rb', "crc": ([0-9]+)}$')
 
 
 class Journal:
@@ -32,8 +38,11 @@ class Journal:
 
     def __init__(self, path: Path, every: float = 0.0) -> None:
         self.path, self._every, self._synced = Path(path), every, time.monotonic()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b", buffering=0)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b", buffering=0)
+        except OSError as error:
+            raise unwritten(error, self.path) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -62,8 +71,7 @@ class Journal:
             SrlibError: the disk is full, or cannot be written.
         """
         size = os.fstat(self._file.fileno()).st_size
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        data = memoryview(text.encode(errors="backslashreplace"))  # a lone surrogate, as JSON writes it
+        data = memoryview(b"".join(map(_line, records)))
         try:
             while data:
                 data = data[self._file.write(data) :]
@@ -71,7 +79,8 @@ class Journal:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:
-            os.ftruncate(self._file.fileno(), size)  # half a record is none
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), size)  # half a record is none
             raise SrlibError(
                 f"{self.path} cannot be written ({error.strerror}): its {len(self.records)} records are whole. "
                 "Make room, and run again to go on."
@@ -81,17 +90,44 @@ class Journal:
     def _read(self) -> dict[str, dict[str, Any]]:
         self._file.seek(0)
         data = self._file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.ftruncate(self._file.fileno(), whole)
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            os.ftruncate(self._file.fileno(), end)
         records = {}
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+        for number, text in enumerate(data[:end].split(b"\n")[:-1], 1):
             try:
-                record = json.loads(line)
+                record = json.loads(_checked(text))
                 records[record["key"]] = record
-            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+            except (ValueError, KeyError, TypeError):
                 raise SrlibError(f"{self.path}, line {number} is damaged; remove the line, and run again.") from None
         return records
+
+
+def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write a journal anew, whole or not at all."""
+    with whole(path) as file:
+        file.writelines(_line(record).decode() for record in records)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    """A record as it is kept: with a checksum at its end, so that what has changed since is not taken for it."""
+    text = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")  # a lone surrogate, as JSON has it
+    return b'%s, "crc": %d}\n' % (text[:-1], crc32(text))
+
+
+def _checked(text: bytes) -> bytes:
+    """The record in a line, without its checksum. Older lines have none.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    found = CHECKSUM.search(text)
+    if found is None:
+        return text
+    record = text[: found.start()] + b"}"
+    if crc32(record) != int(found[1]):
+        raise ValueError("checksum")
+    return record
 
 
 def check_idle(folder: Path) -> None:

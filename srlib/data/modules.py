@@ -15,6 +15,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
+from srlib import SrlibError
 from srlib.data import digests
 from srlib.data.rows import write_json
 from srlib.params.paths import ROOT
@@ -47,7 +48,7 @@ class Code:
                 found[name] = self._read(name)["digest"]
                 todo += self._modules(self._read(name)["imports"])
         if known != self._known:
-            with suppress(OSError):  # it is installed where nobody may write
+            with suppress(OSError, SrlibError):  # it is installed where nobody may write
                 self._cache.parent.mkdir(exist_ok=True)
                 write_json(self._cache, self._known)
         return dict(sorted(found.items()))

@@ -198,6 +198,7 @@ def whole(path: str | Path) -> Iterator[TextIO]:
             part.unlink(missing_ok=True)
 
 
-def unwritten(error: OSError, path: str | Path) -> SrlibError:
+def unwritten(error: Exception, path: str | Path) -> SrlibError:
     """That a file could not be written, in a sentence."""
-    return SrlibError(f"{path} cannot be written ({error.strerror}): mend that, and run again to go on.")
+    reason = getattr(error, "strerror", None) or error
+    return SrlibError(f"{path} cannot be written ({reason}): mend that, and run again to go on.")

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srlib import SrlibError
+from srlib.data.rows import read_json
 from srlib.data.spans import CLOSE, OPEN
+from srlib.engine.files import saving
 from srlib.params.models import ModelSpec
 
 if TYPE_CHECKING:
@@ -28,8 +30,9 @@ def write_adapter(trainer: Trainer, folder: Path) -> None:
     for config in trainer.model.peft_config.values():
         config.target_modules = sorted(config.target_modules)  # a set, written in any order
     # The tags' rows are saved with the adapter; the rest of the grown embeddings is the base model's.
-    trainer.model.save_pretrained(folder, save_embedding_layers=False)
-    trainer.processing_class.save_pretrained(folder)
+    with saving(folder):
+        trainer.model.save_pretrained(folder, save_embedding_layers=False)
+        trainer.processing_class.save_pretrained(folder)
 
 
 def ready_for_trl(model: PreTrainedModel) -> None:
@@ -54,7 +57,7 @@ def embedding_rows(model: PreTrainedModel, tokens: list[int] | None) -> dict[str
 
 
 def _adapter_config(adapter: str) -> dict[str, Any]:
-    return json.loads((Path(adapter) / "adapter_config.json").read_text())
+    return read_json(Path(adapter) / "adapter_config.json", dict[str, Any], "make it again")
 
 
 def beside(spec: ModelSpec) -> bool:
@@ -86,7 +89,7 @@ def merge(spec: ModelSpec) -> Path:
     if mark.is_file() and mark.read_text() == source and mark.stat().st_mtime >= newest:
         return folder
     model, tokenizer = load_model(spec.model_copy(update={"merge": True, "device": "cpu", "dtype": dtype}))
-    with tempfile.TemporaryDirectory(dir=adapter) as temporary:
+    with saving(folder), tempfile.TemporaryDirectory(dir=adapter) as temporary:
         made = Path(temporary) / "merged"
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from srlib import SrlibError
-from srlib.data.rows import read_json
+from srlib.data.rows import read_json, unwritten
 from srlib.params import ModelSpec
+
+# What transformers and peft read, beside the weights; other files of a folder are no concern of theirs.
+CONFIGURATIONS = ("config.json", "generation_config.json", "adapter_config.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+
+
+class Index(TypedDict):
+    """Which file holds which tensor of a model in several files."""
+
+    weight_map: dict[str, str]
 
 
 def check(spec: ModelSpec) -> None:
     """Look at a model's files without loading it; a name that is no folder here is left to the hub.
 
     Raises:
-        SrlibError: a folder holds no model or no adapter, or a safetensors file is not whole.
+        SrlibError: a folder holds no model or no adapter, a file of JSON holds something else, or a
+            safetensors file is missing or not whole.
     """
     if spec.path is None:
         raise SrlibError("No model is named: give pair.small.path and pair.big.path a folder or a hub name.")
@@ -25,22 +40,37 @@ def check(spec: ModelSpec) -> None:
         _check_folder(Path(spec.adapter), "adapter_config.json", "adapter")
 
 
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """While libraries write a model into `folder`.
+
+    Raises:
+        SrlibError: the disk is full, or may not be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise unwritten(error, folder) from None
+
+
 def _check_folder(folder: Path, config: str, kind: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     if not (folder / config).is_file():
         raise SrlibError(f"There is no {kind} in {folder}: {config} is not there.")
-    for file in folder.glob("*.json"):
-        held = read_json(file, dict[str, Any], "make it again")
-        absent = [name for name in set(held.get("weight_map", {}).values()) if not (folder / name).is_file()]
-        if file.name.endswith(".index.json") and absent:
-            raise SrlibError(
-                f"There is no whole {kind} in {folder}: {absent[0]}, which {file.name} names, is not there."
-            )
-    weights = sorted(folder.glob("*.safetensors"))
+    for name in (*CONFIGURATIONS, *TOKENIZERS):
+        if (folder / name).exists():
+            read_json(folder / name, dict[str, Any], "make it again")
+    weights = set(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        weights |= {folder / name for name in read_json(index, Index, "make it again")["weight_map"].values()}
     if not weights:
         raise SrlibError(f"There is no {kind} in {folder}: it holds no .safetensors file.")
-    for file in weights:
+    for file in sorted(weights):
+        if not file.exists():
+            raise SrlibError(f"There is no whole {kind} in {folder}: {file.name}, which its index names, is not there.")
         try:
             with safe_open(file, framework="numpy"):
                 pass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -52,30 +55,46 @@ def load_model(spec: ModelSpec, trainable: bool = False) -> tuple[PreTrainedMode
         SrlibError: no such model or adapter, or one of its files is damaged.
     """
     check(spec)
+    assert spec.path is not None, "check has seen to it"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             spec.path,
             dtype=dtype_of(spec),
             attn_implementation="sdpa",
             use_safetensors=True,
             quantization_config=_quantization(spec),
             device_map={"": device_of(spec)},
+            output_loading_info=True,
         )
-    except OSError as error:
-        raise SrlibError(
-            f"{spec.path} is no folder here, and the hub gave no such model: {_first_line(error)}"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of a file that holds something else
-        raise SrlibError(f"{spec.path} is no model that can be loaded: {_first_line(error)}. Make it again.") from None
+    except (torch.OutOfMemoryError, ImportError):  # no fault of the files
+        raise
+    except Exception as error:  # whatever a library raises for a file that holds something else
+        if isinstance(error, OSError) and not Path(spec.path).exists():
+            raise SrlibError(f"{spec.path} is no folder here, and the hub gave no such model: {_line(error)}") from None
+        raise SrlibError(f"The model in {spec.path} cannot be loaded: {_line(error)}. Make it again.") from None
+    if absent := sorted(found["missing_keys"]):  # which transformers has drawn at random
+        raise SrlibError(f"The model in {spec.path} is not whole: it has no {absent[0]}. Make it again.")
     tokenizer = load_tokenizer(spec)
     if spec.adapter is not None:
-        from peft import PeftModel
-
-        fit_embeddings(model, tokenizer)
-        model = PeftModel.from_pretrained(model, spec.adapter, is_trainable=trainable)
-        if spec.merge and not trainable and spec.quantization == "none":
-            model = model.merge_and_unload()
+        model = _with_adapter(model, tokenizer, spec, trainable)
     return model.eval(), tokenizer
+
+
+def _with_adapter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, trainable: bool
+) -> PreTrainedModel:
+    from peft import PeftModel
+
+    fit_embeddings(model, tokenizer)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # which it has drawn at random
+            model = PeftModel.from_pretrained(model, spec.adapter, is_trainable=trainable)
+    except (torch.OutOfMemoryError, ImportError):
+        raise
+    except Exception as error:
+        raise SrlibError(f"The adapter in {spec.adapter} cannot be loaded: {_line(error)}. Make it again.") from None
+    return model.merge_and_unload() if spec.merge and not trainable and spec.quantization == "none" else model
 
 
 def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
@@ -105,14 +124,17 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     Raises:
         SrlibError: there is none.
     """
+    where = spec.adapter or spec.path
+    assert where is not None, "a model is named"
     try:
-        return AutoTokenizer.from_pretrained(spec.adapter or spec.path)
-    except OSError as error:
-        raise SrlibError(f"{spec.path} has no tokenizer here or on the hub: {_first_line(error)}") from None
+        return AutoTokenizer.from_pretrained(where)
     except Exception as error:  # tokenizers, the library, raises nothing narrower
-        where = spec.adapter or spec.path
-        raise SrlibError(f"The tokenizer in {where} cannot be loaded: {_first_line(error)}. Make it again.") from None
+        if isinstance(error, OSError) and not Path(where).exists():
+            raise SrlibError(f"{where} has no tokenizer here or on the hub: {_line(error)}") from None
+        raise SrlibError(f"The tokenizer in {where} cannot be loaded: {_line(error)}. Make it again.") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _line(error: Exception) -> str:
+    """The first line of an error that says something, without a stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0].rstrip(".: ")

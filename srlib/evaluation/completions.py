@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from srlib.data import spans
 from srlib.data.grade import verdict
-from srlib.data.journal import Journal
-from srlib.data.rows import Problem, write_jsonl
+from srlib.data.journal import Journal, write
+from srlib.data.rows import Problem
 from srlib.decoding.policies import Policy
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import Trace
@@ -94,7 +94,7 @@ def run(
     records = [done[name(problem, n)] for problem, n in all_]
     _grade(records, {problem.id: problem for problem in problems}, config.hint, writer.tokenizer)
     if file:
-        write_jsonl(file, records)  # in order, graded, and without those of other settings
+        write(file, records)  # in order, graded, and without those of other settings
     return summarise(policy.name, dataset, config.max_tokens, records), records
 
 

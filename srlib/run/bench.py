@@ -36,7 +36,7 @@ from srlib.decoding.translate import same_vocabulary
 from srlib.engine.protocol import Engine, Request
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import Params, paths, slots_for
-from srlib.run import stages
+from srlib.run import locks, stages
 
 COLUMNS = ("efficiency", "with_reading", "reread_share", "small_share", "big_share", "controller_share", "idle_share")
 
@@ -96,16 +96,17 @@ def main(p: Params) -> int:
     """Measure, print the table, and write `bench.json` to the run's folder.
 
     Raises:
-        SrlibError: a model or the test problems are not there.
+        SrlibError: a model or the test problems are not there, or a run is making them.
     """
     for needed in ("pair", "test"):
         stages.require_artefact(p, needed, "bench")
     if p.threads:
         torch.set_num_threads(p.threads)
-    result = run(p)
-    print(table(result))
     p.run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(p.run_dir / "bench.json", result)
+    with locks.reading(p.run_dir):
+        result = run(p)
+        print(table(result))
+        write_json(p.run_dir / "bench.json", result)
     print(f"\nmeasurement  {paths.here(p.run_dir / 'bench.json')}")
     return 0
 

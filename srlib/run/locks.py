@@ -1,6 +1,7 @@
 """One writer to a run's folder: a run holds it alone, notebooks by hand and runs that build on it hold it together.
 
-The locks are the system's: they are free when their process ends, however that ends.
+The locks are the system's: they are free when their process ends, however that ends. Where the file system
+has none (some network disks), nobody is let in, and told so.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +23,12 @@ from srlib.params.paths import here
 
 LOCK, HOLDER = ".lock", ".holder.json"
 OF_A_RUN = "SRLIB_RUN"  # environment variable: the folder of the run that has started this process
+_written: set[Path] = set()  # by this process
 _by_hand: dict[Path, ReadWriteLock] = {}  # held until this process ends
 
 
 class Holder(TypedDict):
-    """Who writes a run's folder."""
+    """Who writes a folder."""
 
     pid: int
     what: str
@@ -35,37 +37,42 @@ class Holder(TypedDict):
 
 @contextmanager
 def writing(folder: Path, what: str) -> Iterator[None]:
-    """This process alone writes the run in `folder`; the notebooks that it starts are let in.
+    """This process alone writes the run in `folder`; the notebooks that it starts are let in, and it itself again.
 
     Raises:
         SrlibError: another process writes it, or reads from it.
     """
-    before = os.environ.get(OF_A_RUN)
-    lock = _hold(folder, "write")
-    try:
-        write_json(folder / HOLDER, Holder(pid=os.getpid(), what=what, since=time.strftime("%H:%M")))
-        os.environ[OF_A_RUN] = str(folder)
+    if folder in _written:
         yield
-    finally:
-        (folder / HOLDER).unlink(missing_ok=True)
-        lock.release()
-        os.environ.pop(OF_A_RUN)
-        if before is not None:
-            os.environ[OF_A_RUN] = before
+        return
+    before = os.environ.get(OF_A_RUN)
+    with _held(folder, "write"):
+        _sign(folder, what)
+        _written.add(folder)
+        os.environ[OF_A_RUN] = str(folder)
+        try:
+            yield
+        finally:
+            _written.discard(folder)
+            os.environ.pop(OF_A_RUN)
+            if before is not None:
+                os.environ[OF_A_RUN] = before
+            with suppress(OSError):
+                (folder / HOLDER).unlink()
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """What is in `folder`, another run's, stays as it is.
+def reading(folder: Path, stages: Sequence[str] = ()) -> Iterator[None]:
+    """What is in `folder`, another run's, stays as it is: no run writes it, and no notebook one of `stages` by hand.
 
     Raises:
         SrlibError: another process writes it.
     """
-    lock = _hold(folder, "read")
-    try:
+    with ExitStack() as held:
+        for place in (folder, *(folder / stage for stage in stages)):
+            if os.access(place, os.W_OK):  # else nobody here writes it
+                held.enter_context(_held(place, "read"))
         yield
-    finally:
-        lock.release()
 
 
 def begin(folder: Path, stage: str) -> bool:
@@ -82,7 +89,17 @@ def begin(folder: Path, stage: str) -> bool:
         _by_hand[folder] = _hold(folder, "read")
     if folder / stage not in _by_hand:
         _by_hand[folder / stage] = _hold(folder / stage, "write")
+    _sign(folder / stage, f"the kernel of notebook {stage}")
     return True
+
+
+@contextmanager
+def _held(folder: Path, mode: Literal["read", "write"]) -> Iterator[None]:
+    lock = _hold(folder, mode)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _hold(folder: Path, mode: Literal["read", "write"]) -> ReadWriteLock:
@@ -92,18 +109,25 @@ def _hold(folder: Path, mode: Literal["read", "write"]) -> ReadWriteLock:
         (lock.acquire_read if mode == "read" else lock.acquire_write)(timeout=0)
     except Timeout:
         raise SrlibError(
-            f"{here(folder)} is in use by {_holder(folder)}: wait for it, or give this run a name of its own (`run`)."
+            f"{here(folder)} is in use by {_holder(folder)}: wait for it, end it, or give this run a name of its own"
+            " (`run`)."
         ) from None
-    except (OSError, sqlite3.Error) as error:  # the lock is a database of SQLite
+    except (OSError, ValueError, sqlite3.Error) as error:  # the lock is a database of SQLite
         reason = getattr(error, "strerror", None) or error
-        raise SrlibError(f"{here(folder)} cannot be written ({reason}): mend that, and run again.") from None
+        raise SrlibError(f"{here(folder)} cannot be written or locked ({reason}): mend that, and run again.") from None
     return lock
 
 
+def _sign(folder: Path, what: str) -> None:
+    write_json(folder / HOLDER, Holder(pid=os.getpid(), what=what, since=time.strftime("%H:%M")))
+
+
 def _holder(folder: Path) -> str:
-    """Who holds a folder, as far as it is known."""
-    try:
-        who = read_json(folder / HOLDER, Holder)
-    except SrlibError:
-        return "a notebook whose kernel still runs (shut it down), or by a run that builds on it"
-    return f"process {who['pid']} ({who['what']}, since {who['since']})"
+    """Who holds a folder or a stage of it, as far as it is known."""
+    for file in (folder / HOLDER, *sorted(folder.glob(f"*/{HOLDER}"))):
+        with suppress(SrlibError, ProcessLookupError):  # what a killed process has left
+            who = read_json(file, Holder)
+            with suppress(PermissionError):  # another user's
+                os.kill(who["pid"], 0)
+            return f"process {who['pid']} ({who['what']}, since {who['since']})"
+    return "a run that builds on it"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NotRequired
@@ -17,7 +19,7 @@ from srlib.data import digests, modules
 from srlib.data.rows import read_json, write_json
 from srlib.params.paths import find, here
 from srlib.params.run import Params
-from srlib.run.locks import LOCK
+from srlib.run.locks import HOLDER, LOCK
 from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, Stage, artefacts, needed
 
 # Packages that decide what comes out of a stage, by their name in the code; what draws, prints and sums is none.
@@ -44,6 +46,7 @@ class Record(TypedDict):
     code: NotRequired[dict[str, str]]
     outputs: NotRequired[dict[str, str]]
     seconds: NotRequired[float]
+    by_hand: NotRequired[bool]  # a notebook has written there since
 
 
 class Kept(BaseModel):
@@ -72,7 +75,9 @@ class Manifest:
 
     def resumable(self, name: str) -> bool:
         """Whether the stage's last run ended before its time, and would be the same again."""
-        return name in self.stages and not self.complete(name) and not [*self._changes(name)]
+        was = self.stages.get(name, {})
+        known = bool(was) and not self.complete(name) and not was.get("by_hand")
+        return known and not [*self._changes(name)]
 
     def why(self, name: str) -> list[str]:
         """Why a stage has to run, cause by cause; empty: it is complete, and would do the same again."""
@@ -97,6 +102,8 @@ class Manifest:
     def check_inputs(self, name: str, made_now: Sequence[str] = ()) -> None:
         """That what a stage reads is what the stages before it left, in this run or in the one it builds on.
 
+        What was done by hand since has nothing to be compared with.
+
         Args:
             made_now: stages that run before this one, or are looked at again by a run.
 
@@ -110,15 +117,17 @@ class Manifest:
                 continue
             there = self.p.where(maker).parent
             of = self if there == self.folder else Manifest(self.p, there)
-            if changed := of.changed(maker, *found[artefact].paths):
+            changed = of.changed(maker, *found[artefact].paths)
+            if changed and not of.stages[maker].get("by_hand"):
                 raise SrlibError(
-                    f"{name}: {changed[0]} is not as {maker} left it. Make it again: "
+                    f"{name}: {here(there / maker / changed[0])} is not as {maker} left it. Make it again: "
                     f"python -m srlib run … --only {maker}"
                 )
 
-    def forget(self, name: str) -> None:
-        """A stage is done by hand: what is known of its last run is of no use any more."""
-        if self.stages.pop(name, None) is not None:
+    def by_hand(self, name: str) -> None:
+        """A notebook is begun by hand: from now on it may write what it likes."""
+        if name in self.stages and not self.stages[name].get("by_hand"):
+            self.stages[name]["by_hand"] = True
             self._write()
 
     def start(self, name: str) -> None:
@@ -126,9 +135,23 @@ class Manifest:
         self._write()
 
     def finish(self, name: str, state: str, seconds: float) -> None:
+        """Write down how a stage ended.
+
+        Raises:
+            SrlibError: it cannot be written. It is "stopped" then, which needs no room: it is as long as "running".
+        """
+        before = self.stages[name]
         outputs = {"outputs": self._outputs(name)} if state == "complete" else {}
-        self.stages[name] |= {"state": state, "seconds": round(seconds, 1), **outputs}
-        self._write()
+        self.stages[name] = {**before, "state": state, "seconds": round(seconds, 1), **outputs}
+        try:
+            self._write()
+        except SrlibError:
+            self.stages[name] = {**before, "state": "stopped"}
+            text = json.dumps(self._content(), indent=1).encode()
+            with suppress(OSError), self.path.open("r+b") as file:
+                if os.fstat(file.fileno()).st_size == len(text):
+                    file.write(text)
+            raise
 
     def _key(self, name: str) -> dict[str, Any]:
         """What decides whether a stage has to run again."""
@@ -168,12 +191,16 @@ class Manifest:
     def _outputs(self, name: str) -> dict[str, str]:
         """Digest of each file of a stage but its notebook and figures, which a hand may make again."""
         folder = self.folder / name
-        made = [f for f in digests.files(folder) if f.name != LOCK and f.suffix not in (".ipynb", ".png")]
+        ours = (LOCK, HOLDER)
+        made = [f for f in digests.files(folder) if f.name not in ours and f.suffix not in (".ipynb", ".png")]
         return {str(f.relative_to(folder)): digests.of_path(f) for f in made}
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"run": self.p.run, "seed": self.p.seed, "stages": self.stages})
+        write_json(self.path, self._content())
+
+    def _content(self) -> dict[str, Any]:
+        return {"run": self.p.run, "seed": self.p.seed, "stages": self.stages}
 
 
 def fingerprint(p: Params, stage: str) -> str:

@@ -15,9 +15,8 @@ import time
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
-
-from typing_extensions import TypedDict
 
 from srlib import SrlibError, visible
 from srlib.cost import memory
@@ -45,12 +44,13 @@ def begin(stage: str, scope: dict[str, Any]) -> tuple[Params, Path]:
             notebook is at work there, or the models do not fit.
     """
     p = from_notebook(scope)
+    by_hand = locks.begin(p.run_dir, stage)
     require(p, stage)
-    if locks.begin(p.run_dir, stage):
-        manifest = Manifest(p)
-        manifest.check_inputs(stage)
-        manifest.forget(stage)
+    if by_hand:
+        Manifest(p).check_inputs(stage)
     memory.check(p, stage)
+    if by_hand:
+        Manifest(p).by_hand(stage)
     import torch
     from transformers import set_seed
 
@@ -82,7 +82,7 @@ def run(
         if not dry:
             held.enter_context(locks.writing(p.run_dir, "srlib run"))
             if p.base is not None:
-                held.enter_context(locks.reading(ROOT / p.base.folder))
+                held.enter_context(locks.reading(ROOT / p.base.folder, p.base.stages))
         return _run(p, chosen, first, only, dry)
 
 
@@ -114,7 +114,7 @@ def _run(p: Params, chosen: list[str], first: str | None, only: str | None, dry:
         print(f"{name:<16} {'would run' if dry else 'runs'}: {visible(_told(causes))}", flush=True)
         if not dry and not run_stage(p, name, manifest):
             return 1
-    if not dry:
+    if not dry and "05_evaluate" in chosen:  # else what is there may be as old as it likes
         _last_screen(p)
     return 0
 
@@ -156,6 +156,7 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
             as it was executed.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     folder = p.stage_dir(name)
     journal.check_idle(folder)
@@ -178,12 +179,11 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
         )
         seconds = time.perf_counter() - start
         manifest.finish(name, "complete", seconds)
-    except papermill.PapermillExecutionError as error:
+    except (papermill.PapermillExecutionError, DeadKernelError) as error:
         with suppress(SrlibError):  # of a full disk, which would hide the error in hand
             manifest.finish(name, "failed", time.perf_counter() - start)
-        last_line = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
         print(f"{name:<16} failed after {time.perf_counter() - start:.0f} s", flush=True)
-        print(f"{name}: {visible(last_line)}\nThe executed notebook is {here(executed)}", file=sys.stderr)
+        print(f"{name}: {visible(_cause(error, folder))}\nThe executed notebook is {here(executed)}", file=sys.stderr)
         return False
     except BaseException as error:
         with suppress(SrlibError):
@@ -195,6 +195,21 @@ def run_stage(p: Params, name: str, manifest: Manifest) -> bool:
     return True
 
 
+def _cause(error: Exception, folder: Path) -> str:
+    """What ended a notebook, in a line: that nothing can be written in `folder`, whatever a library made of it, or `error`."""
+    import papermill
+
+    try:
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))
+    except OSError as full:
+        return str(unwritten(full, here(folder)))
+    told = f"its kernel ended: {error}"
+    if isinstance(error, papermill.PapermillExecutionError):  # it tells of what was raised in a cell, and is not it
+        told = f"{error.ename}: {error.evalue}"
+    return told.strip().splitlines()[0]
+
+
 def _clear(folder: Path) -> None:
     """Empty a stage's folder, but for journals: they are named after all that decides what is in them."""
     for path in folder.iterdir():
@@ -204,26 +219,10 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-class Shown(TypedDict):
-    """What is shown of a row of results."""
-
-    policy: str
-    accuracy: float
-    ci95: tuple[float, float]
-    offload_share: float
-    handovers: float
-    dataset: str
-    n_problems: int
-    samples_per_problem: int
-    max_tokens: int
-
-
 def _last_screen(p: Params) -> None:
     folder = p.run_dir / "05_evaluate"
     results = folder / "results.json"
-    if not results.is_file():
-        return
-    rows = read_json(results, list[Shown], f"run stage 05 again: python -m srlib run … --only {folder.name}")
+    rows = read_json(results, list[dict[str, Any]])
     print(f"\n{'policy':<16}{'accuracy':>9}  {'95 % interval':<16}{'offload share':>13}{'hand-overs':>11}")
     for row in rows:
         low, high = row["ci95"]

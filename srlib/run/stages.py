@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from typing_extensions import TypedDict
+
 from srlib import SrlibError
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ def artefacts(p: Params) -> dict[str, Artefact]:
     from srlib.data import problems
     from srlib.data.rows import Annotated, read_jsonl
 
-    results = p.where("05_evaluate") / "results.json"
+    results, completions = (p.where("05_evaluate") / name for name in ("results.json", "completions"))
     own_pair = p.pair.small.path is not None and p.pair.big.path is not None
     return {
         "pair": Artefact(_named(p.small.path, p.big.path), lambda: _whole(p.small, p.big), own_pair),
@@ -118,7 +120,7 @@ def artefacts(p: Params) -> dict[str, Artefact]:
         "annotated": Artefact((p.annotated,), lambda: read_jsonl(p.annotated, Annotated), p.sft.annotated is not None),
         "adapter": Artefact(_named(p.tuned.adapter or p.tuned.path), lambda: _whole(p.tuned), p.pair.tuned is not None),
         "reinforced": Artefact(_named(p.reinforced.adapter), lambda: _whole(p.reinforced)),
-        "results": Artefact((results,), lambda: _there(results)),
+        "results": Artefact((results, completions), lambda: _measured(results, completions)),
         "sweep": Artefact((p.run_dir / "sweep.json",), lambda: _there(p.run_dir / "sweep.json")),
     }
 
@@ -144,3 +146,20 @@ def _readable(source: Source) -> None:
 def _there(path: Path) -> None:
     if not path.is_file():
         raise SrlibError(f"There is no {path.name} in {path.parent}.")
+
+
+class Measured(TypedDict):
+    """What every row of results has."""
+
+    policy: str
+
+
+def _measured(results: Path, completions: Path) -> None:
+    from srlib.data.rows import read_json, read_jsonl
+
+    _there(results)
+    rows = read_json(results, list[Measured], "make it again")
+    if not rows:
+        raise SrlibError(f"{results} holds no row.")
+    for row in rows:
+        read_jsonl(completions / f"{row['policy']}.jsonl", dict)

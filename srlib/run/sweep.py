@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ from pydantic import BaseModel
 from tqdm.auto import tqdm
 
 from srlib import SrlibError, params, visible
-from srlib.data.rows import read_json, read_jsonl, write_json
+from srlib.data.rows import read_json, read_jsonl, whole, write_json
 from srlib.evaluation import stats
 from srlib.params import Params, Section, paths
 from srlib.params.written import typed
-from srlib.run import pipeline, stages
+from srlib.run import locks, pipeline, stages
 
 NOTEBOOK = "06_reward_ablation"
 OF_THE_BASE = ("run", "outputs")  # where runs lie; changes no stage
@@ -142,9 +143,22 @@ def run(chosen: Plan, jobs: int = 1) -> int:
     A combination that fails is reported, and the others go on.
     """
     top, bases, runs = combinations(chosen)
-    top.run_dir.mkdir(parents=True, exist_ok=True)
-    wanted = runs[0][1].base
-    last = [name for name in stages.STAGES if wanted and name in _needed(wanted.stages)][-1:]
+    with ExitStack() as held:
+        held.enter_context(locks.writing(top.run_dir, "srlib sweep"))
+        return _run_all(chosen, jobs, top, bases, runs, held)
+
+
+def _run_all(
+    chosen: Plan,
+    jobs: int,
+    top: Params,
+    bases: dict[int, Params],
+    runs: list[tuple[Combination, Params]],
+    held: ExitStack,
+) -> int:
+    """`run` in a folder that is held; so are the bases once they are made."""
+    shared = runs[0][1].base.stages if runs[0][1].base else []
+    last = [name for name in stages.STAGES if name in _needed(shared)][-1:]
     print(f"{top.run}: {len(runs)} runs, {jobs} at a time → {paths.here(top.run_dir)}", flush=True)
 
     def base_of(seed: int) -> str:
@@ -155,6 +169,8 @@ def run(chosen: Plan, jobs: int = 1) -> int:
 
     with ThreadPoolExecutor(jobs) as pool:
         errors = dict(zip(bases, pool.map(base_of, bases))) if last else {}
+        for seed in (seed for seed, error in errors.items() if not error):
+            held.enter_context(locks.reading(bases[seed].run_dir, shared))
         work = {pool.submit(one, p): combination for combination, p in runs}
         bar = tqdm(total=len(runs), desc=top.run, unit="run", disable=not sys.stderr.isatty())
         try:
@@ -268,11 +284,13 @@ def _write(folder: Path, chosen: Plan, runs: Sequence[Combination]) -> None:
 def _run(p: Params, folder: Path, *options: str) -> str:
     """One run in a process of its own, its screen in `folder/log.txt`; returns what went wrong, if anything did."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "params.yaml"
-    file.write_text(yaml.safe_dump(p.model_dump(), sort_keys=False))
+    file, screen = folder / "params.yaml", folder / "log.txt"
+    with whole(file) as written:
+        written.write(yaml.safe_dump(p.model_dump(), sort_keys=False))
     command = [sys.executable, "-m", "srlib", "run", str(file), *options]
-    with (folder / "log.txt").open("w") as log:
+    with screen.open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True)
+    with suppress(OSError), screen.open("a") as log:  # on a full disk that is what `done` tells
         log.write(done.stderr)
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
     return f"failed: {lines[0]} (all of it: {paths.here(folder / 'log.txt')})" if done.returncode else ""

@@ -11,7 +11,7 @@ import selectors
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils import logging
+from typing_extensions import TypedDict
 
 from srlib import SrlibError
+from srlib.data import digests
 from srlib.data.arith import generate, tokenizer
 from srlib.data.prompts import encode_prompts
-from srlib.data.rows import Problem, write_json
+from srlib.data.rows import Problem, read_json, write_json
+from srlib.engine.files import saving
 from srlib.params.stages import Arith, ArithModel
 
 
@@ -184,16 +187,28 @@ def _work(pipe: Connection, config: Arith, seed: int, folder: Path, name: str) -
     for loss in train(network, config, getattr(config, name), seed):
         losses.append(loss)
         pipe.send(loss)  # fails when nobody is there to read it, which ends this process, too
-    network.save_pretrained(folder / name)
-    encode.save_pretrained(folder / name)
-    write_json(folder / f"{name}.json", {"made": _made(config, seed, name), "losses": losses})
+    with saving(folder / name):
+        network.save_pretrained(folder / name)
+        encode.save_pretrained(folder / name)
+    kept = {"made": _made(config, seed, name), "files": digests.of_path(folder / name), "losses": losses}
+    write_json(folder / f"{name}.json", kept)
+
+
+class Kept(TypedDict):
+    """What is kept of the making of a model."""
+
+    made: dict[str, Any]
+    files: str
+    losses: list[float]
 
 
 def _losses(config: Arith, seed: int, folder: Path, name: str) -> list[float]:
-    """The losses of a model that is there, made with these settings; else none."""
-    record = folder / f"{name}.json"
-    kept = json.loads(record.read_text()) if record.is_file() else {}
-    return kept["losses"] if kept.get("made") == _made(config, seed, name) else []
+    """The losses of a model that is there as it was left, made with these settings; else none."""
+    with suppress(SrlibError):  # no record, or a damaged one
+        kept = read_json(folder / f"{name}.json", Kept)
+        if kept["made"] == _made(config, seed, name) and kept["files"] == digests.of_path(folder / name):
+            return kept["losses"]
+    return []
 
 
 def _made(config: Arith, seed: int, name: str) -> dict[str, Any]:
@@ -219,4 +234,7 @@ def _collate(encode: Qwen2Tokenizer, batch: list[Problem]) -> dict[str, torch.Te
 
 if __name__ == "__main__":
     given, seed, folder, name = json.loads(sys.argv[2])
-    _work(Connection(int(sys.argv[1]), readable=False), Arith(**given), seed, Path(folder), name)
+    try:
+        _work(Connection(int(sys.argv[1]), readable=False), Arith(**given), seed, Path(folder), name)
+    except SrlibError as error:
+        sys.exit(f"arith: {error}")

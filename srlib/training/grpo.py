@@ -10,10 +10,10 @@ tags itself, and latency is only a target share. `rollout: self` is that recipe.
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig, GRPOTrainer
 
-from srlib import engine
+from srlib import SrlibError, engine
 from srlib.cost.latency import PairSpeed
 from srlib.data.problems import traces as load_traces
-from srlib.data.rows import Problem
+from srlib.data.rows import Problem, read_json, write_json
 from srlib.engine.adapters import ready_for_trl
 from srlib.engine.models import device_of, dtype_of, load_model
 from srlib.engine.protocol import Engine
@@ -92,7 +92,7 @@ def train(
     log = [record for record in trainer.state.log_history if "reward" in record]
     if trainer.accelerator.is_main_process:
         save_adapter(trainer, folder)
-        (folder / "log.json").write_text(json.dumps(log, indent=1))
+        write_json(folder / "log.json", log)
     return log
 
 
@@ -130,7 +130,11 @@ def _arguments(tuned: ModelSpec, config: Grpo, offload: Offload, seed: int, fold
 def _taken_up(trainer: GRPOTrainer, rollouts: Rollouts, folder: Path) -> str | None:
     """The checkpoint that a killed run has left, if one is whole; what is not, or came after it, is dropped."""
     found = {int(each.name.rpartition("-")[2]): each for each in (folder / "trainer").glob("checkpoint-*")}
-    whole = [step for step, each in found.items() if (each / TRAINER_STATE_NAME).is_file()]  # written last
+    whole = []
+    for each_step, each in found.items():
+        with suppress(SrlibError):  # it is not there, or torn
+            read_json(each / TRAINER_STATE_NAME, dict[str, Any])  # which is written last
+            whole.append(each_step)
     step = max(whole, default=0)
     trainer.accelerator.wait_for_everyone()  # until all have looked
     if trainer.accelerator.is_main_process:

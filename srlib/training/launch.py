@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -16,6 +17,7 @@ from transformers import set_seed
 
 from srlib import SrlibError
 from srlib.cost.latency import PairSpeed, Speed
+from srlib.data.rows import read_json, write_json
 from srlib.engine.models import device_of
 from srlib.params.loading import build
 from srlib.params.paths import find
@@ -34,7 +36,7 @@ def launch(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
         SrlibError: a process failed; what it said stands above.
     """
     job = folder / "job.json"
-    job.write_text(json.dumps({"params": p.model_dump(), "speed": asdict(speed), "folder": str(folder)}))
+    write_json(job, {"params": p.model_dump(), "speed": asdict(speed), "folder": str(folder)})
     processes = p.grpo.processes
     environment = {**os.environ, "OMP_NUM_THREADS": str(p.threads or 1)}
     if device_of(p.small) == "cpu":  # accelerate's own launcher would ask for MPI there
@@ -57,7 +59,7 @@ def launch(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
     if process.returncode:
         raise SrlibError(f"grpo: the training in {processes} processes failed, with status {process.returncode}.")
     job.unlink()
-    return json.loads((folder / "log.json").read_text())
+    return read_json(folder / "log.json", list[dict[str, Any]])
 
 
 def _work(job: Path) -> None:

@@ -14,7 +14,7 @@ from trl.models import unwrap_model_for_generation
 from srlib import engine
 from srlib.data import spans
 from srlib.data.grade import verdict
-from srlib.data.rows import Problem
+from srlib.data.rows import Problem, whole
 from srlib.decoding.policies import Learned, Never
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import SMALL, Trace
@@ -51,7 +51,10 @@ class Rollouts:
     def forget_from(self, step: int) -> None:
         """Drop samples of `step` and later: a run taken up from a checkpoint writes them again."""
         kept = self.samples.read_text(encoding="utf-8").splitlines(True) if self.samples.is_file() else []
-        self.samples.write_text("".join(line for line in kept if json.loads(line)["step"] < step), encoding="utf-8")
+        if kept and not kept[-1].endswith("\n"):
+            del kept[-1]  # torn when a run ended
+        with whole(self.samples) as file:
+            file.writelines(line for line in kept if json.loads(line)["step"] < step)
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         step = trainer.state.global_step

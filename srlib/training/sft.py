@@ -7,7 +7,6 @@ keeps the paper's plain text.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from srlib import SrlibError
 from srlib.data.prompts import encode_prompt
-from srlib.data.rows import Annotated
+from srlib.data.rows import Annotated, write_json
 from srlib.engine.adapters import add_tags, embedding_rows, ready_for_trl, write_adapter
 from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
 from srlib.params import ModelSpec, Sft
@@ -90,7 +89,7 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     trainer.train()
     save_adapter(trainer, folder)
     log = [record for record in trainer.state.log_history if "loss" in record]
-    (folder / "log.json").write_text(json.dumps(log, indent=1))
+    write_json(folder / "log.json", log)
     return log
 
 
