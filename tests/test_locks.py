@@ -1,36 +1,39 @@
-"""One writer to a run's folder, and files that are not as they were left."""
+"""One writer to a run's folder: who is let in, who is told what, and when it is free again."""
 
 import json
 import os
-import random
-import shutil
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 
 from srlib import SrlibError
 from srlib.params import load
-from srlib.run import locks, pipeline
-from srlib.run.manifest import Manifest
-from srlib.run.stages import STAGES
+from srlib.run import bench, locks, pipeline, stages
 
 OTHER = """
+import os
 import sys
+import time
 from pathlib import Path
 from srlib.run import locks
 folder = Path(sys.argv[2])
 if sys.argv[1] == "run":
     held = locks.writing(folder, "srlib run")
     held.__enter__()
+    if os.fork() == 0:  # lives on when this process is killed, with all that is inherited
+        print("held", os.getpid(), flush=True)
+        time.sleep(60)
+        os._exit(0)
 elif sys.argv[1] == "reader":
-    held = locks.reading(folder)
+    held = locks.reading(folder, ["02_sft"])
     held.__enter__()
 else:
     locks.begin(folder, "02_sft")
-print("held", flush=True)
+if sys.argv[1] != "run":
+    print("held", os.getpid(), flush=True)
 sys.stdin.read()
 """
 
@@ -38,20 +41,24 @@ sys.stdin.read()
 @pytest.fixture
 def other(tmp_path):
     """Starts another process that holds the folder in some way."""
-    begun = []
+    begun, last = [], []
 
     def start(how):
         process = subprocess.Popen(
             [sys.executable, "-c", OTHER, how, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         begun.append(process)
-        assert process.stdout.readline() == "held\n"
+        said, number = process.stdout.readline().split()
+        assert said == "held"
+        last.append(int(number))
         return process
 
     yield start
-    for process in begun:
+    for process, number in zip(begun, last):
         process.kill()
         process.wait()
+        if number != process.pid:
+            os.kill(number, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +72,7 @@ def other(tmp_path):
         ("reader", "run", "is in use by a run that builds on it"),
         ("notebook", "another", None),
         ("reader", "reader", None),
+        ("reader", "notebook", "02_sft is in use by a run that builds on it"),
     ],
 )
 def test_one_writer(first, second, said, other, tmp_path, monkeypatch):
@@ -81,10 +89,11 @@ def test_one_writer(first, second, said, other, tmp_path, monkeypatch):
         else:
             locks.begin(tmp_path, "02_sft" if second == "notebook" else "03_grpo")
 
+    (tmp_path / "02_sft").mkdir()
     process = other(first)
     with pytest.raises(SrlibError, match=said) if said else nullcontext():
         try_it()
-    process.kill()  # whatever it held is free
+    process.kill()  # whatever it held is free, and what it has left does not stand in the way
     process.wait()
     try_it()
 
@@ -97,135 +106,51 @@ def test_the_notebooks_of_a_run_are_let_in(tmp_path, monkeypatch):
     assert locks.OF_A_RUN not in os.environ and not (tmp_path / locks.HOLDER).exists()
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "null", "7", '{"stages": []}', '{"stages": {"02_sft": 3}}', '{"stages": {"02_sft": {}}}', "\udcff"]
-    + ['{"stages": {"02_sft": {"state": "odd", "parameters": {}, "notebook": "", "inputs": {}}}}'],
-)
-def test_a_manifest_of_another_shape(tmp_path, text):
-    p = load("params/smoke.yaml", outputs=str(tmp_path))
-    p.run_dir.mkdir()
-    (p.run_dir / "manifest.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(SrlibError, match=r"manifest\.json is damaged .*: remove it, and every stage is done again"):
-        Manifest(p)
-
-
-def _damaged(file, how, rng):
-    content = file.read_bytes()
-    match how:
-        case "cut":
-            file.write_bytes(content[: rng.randrange(max(1, len(content)))])
-        case "flipped":
-            at = rng.randrange(len(content))
-            file.write_bytes(content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :])
-        case "emptied":
-            file.write_bytes(b"")
-        case "other":
-            file.write_bytes(rng.choice([b"[]", b"null", b"{}\n", b'"x"']))
-        case "no text":
-            file.write_bytes(b"\xff\xfe" + content)
-        case "gone":
-            file.unlink()
-
-
-@pytest.mark.notebooks
-def test_damage_is_seen_however_a_stage_is_started(finished, tmp_path, monkeypatch):
-    """Every file that stages read, damaged in six ways: a sentence, or its maker runs again; 200 at least."""
+def test_a_process_is_let_in_again_and_its_own_folders_are_free_at_the_end(tmp_path, monkeypatch):
+    """As a sweep, which runs its notebook in the folder it holds."""
     monkeypatch.delenv(locks.OF_A_RUN, raising=False)
-    shutil.copytree(finished[0], tmp_path / "outputs")
-    manifest = tmp_path / "outputs" / "smoke" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(str(finished[0]), str(tmp_path / "outputs")))
-    p = load("params/smoke.yaml", outputs=str(tmp_path / "outputs"))
-    readers = {"00_arith_pair": "02_sft", "01_annotate": "02_sft", "02_sft": "04_offload", "03_grpo": "05_evaluate"}
-    rng, tried, made_again = random.Random(0), 0, 0
-    ran = []
-    monkeypatch.setattr(pipeline, "run_stage", lambda p, name, manifest: ran.append(name) or True)
-    monkeypatch.setattr(pipeline, "_last_screen", lambda p: None)
-    for maker, reader in readers.items():
-        outputs = json.loads(manifest.read_text())["stages"][maker]["outputs"]
-        read = [Path(x) for x in outputs if "journal" not in x and Path(x).parts[0] in READ[maker]]
-        for file in (p.run_dir / maker / name for name in read):
-            kept = file.read_bytes()
-            for how in ("cut", "flipped", "emptied", "other", "no text", "gone"):
-                for start in ({}, {"first": reader}, {"only": reader}, None):
-                    _damaged(file, how, rng)
-                    ran.clear()
-                    tried += 1
-                    if start is None:
-                        with pytest.raises(SrlibError):
-                            pipeline.require(p, reader)
-                            Manifest(p).check_inputs(reader)
-                    elif start:
-                        with pytest.raises(SrlibError):
-                            pipeline.run(p, **start)
-                        assert not ran
-                    else:
-                        try:
-                            pipeline.run(p)
-                        except SrlibError:
-                            assert not ran
-                        else:
-                            assert maker in ran
-                            made_again += 1
-                    file.write_bytes(kept)
-    assert tried >= 200 and made_again > 0
-    pipeline.run(p)
-    assert ran[-1:] != ["02_sft"]  # all is as it was
+    for _ in range(2):
+        with locks.writing(tmp_path, "srlib sweep"):
+            with locks.writing(tmp_path, "srlib run"):
+                pass
+            assert not locks.begin(tmp_path, "06_reward_ablation")
+            with pytest.raises(SrlibError, match="srlib sweep, since"), locks.reading(tmp_path):
+                pass
 
 
-READ = {
-    "00_arith_pair": {"small", "big"},
-    "01_annotate": {"annotated.jsonl"},
-    "02_sft": {"adapter"},
-    "03_grpo": {"adapter"},
-}
+def test_what_holds_a_folder_is_taken_and_given_back(tmp_path, monkeypatch):
+    """By a run, its base, and the bench; by a dry run nothing."""
+    monkeypatch.delenv(locks.OF_A_RUN, raising=False)
+    base = {"folder": str(tmp_path / "base"), "stages": ["00_arith_pair"]}
+    (tmp_path / "base" / "00_arith_pair").mkdir(parents=True)
+    p = load("params/smoke.yaml", outputs=str(tmp_path), base=base)
+    held = []
+
+    def hold(folder, mode):
+        held.append((str(folder.relative_to(tmp_path)), mode))
+        return take(folder, mode)
+
+    take = locks._hold
+    monkeypatch.setattr(locks, "_hold", hold)
+    monkeypatch.setattr(pipeline, "_run", lambda *_: 0)
+    assert pipeline.run(p, dry=True) == 0 and not held
+    assert pipeline.run(p) == 0
+    assert held == [("smoke", "write"), ("base", "read"), ("base/00_arith_pair", "read")]
+    held.clear()
+    monkeypatch.setattr(bench, "run", lambda p: {"rows": []})
+    monkeypatch.setattr(bench, "table", str)
+    monkeypatch.setattr(stages, "require_artefact", lambda *_: None)
+    assert bench.main(p) == 0
+    assert held == [("smoke", "read")]
 
 
-def test_stages_that_are_read_are_tried():
-    assert set(READ) < set(STAGES)
-
-
-@pytest.fixture
-def full(monkeypatch):
-    """A disk on which not a byte can be written."""
-
-    def write(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    return lambda target, name: monkeypatch.setattr(target, name, write)
-
-
-def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, full):
-    from srlib.data import rows
-
-    (tmp_path / "x.json").write_text("[1]")
-    full(os, "replace")
-    for write in (lambda: rows.write_json(tmp_path / "x.json", [2]), lambda: rows.write_jsonl(tmp_path / "x.json", [])):
-        with pytest.raises(SrlibError, match=r"x\.json cannot be written \(No space left on device\): mend that"):
-            write()
-        assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
-    assert (tmp_path / "x.json").read_text() == "[1]"
-
-
-def test_a_second_error_does_not_hide_the_first(tmp_path, monkeypatch, full):
-    """A stage fails, and the manifest cannot be written either: the run tells of the stage."""
-    import papermill
-
-    p = load("params/smoke.yaml", outputs=str(tmp_path))
-
-    def fails(*args, **kwargs):
-        full(os, "replace")
-        raise papermill.PapermillExecutionError(0, 1, "", "ValueError", "of the stage", [])
-
-    monkeypatch.setattr(papermill, "execute_notebook", fails)
-    made = Manifest(p)
-    assert not pipeline.run_stage(p, "00_arith_pair", made)
-    monkeypatch.undo()
-
-    def unwritable(*args, **kwargs):
-        raise OSError(28, "No space left on device", "x.ipynb")
-
-    monkeypatch.setattr(papermill, "execute_notebook", unwritable)
-    with pytest.raises(SrlibError, match=r"ipynb cannot be written \(No space left on device\)"):
-        pipeline.run_stage(p, "00_arith_pair", Manifest(p))
-    assert Manifest(p).stages["00_arith_pair"]["state"] == "stopped"
+def test_a_folder_that_cannot_be_locked_is_told(tmp_path):
+    (tmp_path / "run").write_text("no folder")
+    with pytest.raises(SrlibError, match=r"run cannot be written or locked \(File exists\)"):
+        with locks.writing(tmp_path / "run", "srlib run"):
+            pass
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / locks.LOCK).write_text("no database " * 100)
+    with pytest.raises(SrlibError, match="other cannot be written or locked"):
+        with locks.writing(tmp_path / "other", "srlib run"):
+            pass

@@ -87,7 +87,7 @@ def test_only_what_changed_runs_again(copy):
     assert done.stdout.count("skipped") == len(OF_A_RUN) - 2
     assert "05_evaluate      done in" in done.stdout and "07_latency       done in" in done.stdout  # it reads 05's rows
     assert "05_evaluate      runs: evaluate.random_shares changed ([0.2, 0.5] → [0.4])\n" in done.stdout
-    assert "07_latency       runs: results.json changed\n" in done.stdout
+    assert "07_latency       runs: results.json changed; completions changed\n" in done.stdout
     assert "random_0.40" in done.stdout and "random_0.50" not in done.stdout
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from srlib import SrlibError
 from srlib.params import ROOT, load
-from srlib.run import sweep
+from srlib.run import locks, sweep
 from srlib.run.stages import STAGES
 
 
@@ -99,6 +99,30 @@ def test_one_failure_among_others(tmp_path):
     assert {r["n_problems"] for r in rows} == {load("params/smoke.yaml").evaluate.n_problems}
     manifest = json.loads((tmp_path / "smoke" / "manifest.json").read_text())
     assert set(manifest["stages"]) == {"00_arith_pair", "01_annotate", "02_sft"}  # the base did no more than that
+
+
+def test_nobody_else_writes_a_sweep_or_what_it_builds_on(tmp_path, monkeypatch):
+    """While its combinations run, another run of the base and another sweep are told; afterwards both are free."""
+    monkeypatch.delenv(locks.OF_A_RUN, raising=False)
+    chosen = sweep.plan("params/smoke.yaml", [f"outputs={tmp_path}", "grpo.beta=0,0.1"], name="two")
+    base, told = tmp_path / "smoke", []
+
+    def runs(p, folder, *options):
+        if folder.name == "base-seed0":
+            (base / "02_sft").mkdir(parents=True)
+            return ""
+        for place in (base, base / "02_sft", tmp_path / "smoke-two"):
+            with pytest.raises(SrlibError) as refused:
+                locks._hold(place, "write")
+            told.append(str(refused.value))
+        return "failed: x"
+
+    monkeypatch.setattr(sweep, "_run", runs)
+    assert sweep.run(chosen) == 1
+    assert len(told) == 6 and "smoke-two is in use by process" in told[2] and "srlib sweep, since" in told[2]
+    assert "in use by a run that builds on it" in told[0]
+    for place in (base, base / "02_sft", tmp_path / "smoke-two"):
+        locks._hold(place, "write").release()
 
 
 @pytest.mark.parametrize(
