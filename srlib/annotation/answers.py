@@ -7,6 +7,7 @@ a server sends: a field that is missing or of another type makes a malformed ans
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -169,6 +170,14 @@ def _passages(text: str) -> list[str]:
         if found:
             return found
     return []
+
+
+def json_of(text: str) -> Any:
+    """The JSON in a text; None: it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def at(value: Any, key: str | int, default: Any = None) -> Any:

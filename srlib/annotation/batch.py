@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from srlib import SrlibError
 from srlib.annotation import traces
-from srlib.annotation.answers import MALFORMED, Usage, Verdict, at, count, prompt_of
+from srlib.annotation.answers import MALFORMED, Usage, Verdict, at, count, json_of, prompt_of
 from srlib.annotation.endpoint import Endpoint, Fault, Kind, judged
 from srlib.data import digests
 from srlib.data.journal import Journal
@@ -61,7 +61,7 @@ class Batch(Endpoint):
                     yield left.pop(name)
                 self._note(left, "", "")
         except Fault as fault:
-            self.stop(f"{self.name} {fault}. What was answered is kept: mend it, and run again to go on.")
+            self._ends(fault)
         if self._fault:
             raise SrlibError(self._fault)
 
@@ -134,11 +134,8 @@ class Batch(Endpoint):
             except Exception as error:
                 raise self.fault_of(error) from None
             for line in text.split("\n"):
-                try:
-                    said = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue  # its trace is one without an answer
-                yield str(at(said, "custom_id")), said
+                if (said := json_of(line)) is not None:  # else its trace is one without an answer
+                    yield str(at(said, "custom_id")), said
 
     def _filled_in(self, verdict: Verdict, said: Any, config: Annotate) -> bool:
         """Fill in a verdict by a line of a batch; False: it is to be asked again, or the run is stopped."""
@@ -151,7 +148,7 @@ class Batch(Endpoint):
             answer = self.answer(body, attempt)
         except Fault as fault:
             if fault.kind is Kind.ENDS:
-                self.stop(f"{self.name} {fault}. What was answered is kept: mend it, and run again to go on.")
+                self._ends(fault)
                 verdict.reason = fault.said
                 return False
             if fault.kind is Kind.UNSURE:
@@ -192,10 +189,7 @@ class Batch(Endpoint):
             text = call().text
         except Exception as error:  # as in `Endpoint`
             raise self.fault_of(error) from None
-        try:
-            said = json.loads(text)
-        except (ValueError, RecursionError):
-            said = None
+        said = json_of(text)
         if at(said, needs) is None:
             raise Fault(Kind.ENDS, "has no batch API at this address, or a strange one", self._told(text))
         return said

@@ -13,7 +13,6 @@ What a server says is shown and kept without the key, however it repeats it.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -24,7 +23,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from srlib import SrlibError
-from srlib.annotation.answers import MALFORMED, Answer, Usage, Verdict, answer_of, prompt_of, read
+from srlib.annotation.answers import MALFORMED, Answer, Usage, Verdict, answer_of, json_of, prompt_of, read
 from srlib.data.rows import Problem
 from srlib.params import Annotate, Judge
 from srlib.params.secrets import checked, masked
@@ -137,6 +136,10 @@ class Endpoint:
         """Ask no more, and raise `fault` when what is under way has ended."""
         self._fault = self._fault or fault
 
+    def _ends(self, fault: Fault) -> None:
+        """Ask no more, as nothing else would be answered either."""
+        self.stop(f"{self.name} {fault}. What was answered is kept: mend it, and run again to go on.")
+
     def judge(self, problems: list[Problem], config: Annotate) -> Generator[Verdict, None, None]:
         """A verdict for each of `problems`, as they come, `concurrency` at a time.
 
@@ -184,7 +187,7 @@ class Endpoint:
             except Fault as caught:  # of a short one too: it was not the trace
                 fault = caught if caught.kind is Kind.PASSES else Fault(Kind.ENDS, caught.what, caught.said)
         if fault.kind is Kind.ENDS:
-            self.stop(f"{self.name} {fault}. What was answered is kept: mend it, and run again to go on.")
+            self._ends(fault)
             return False
         verdict.snippets, verdict.pending = [], fault.kind is Kind.PASSES
         verdict.reason = fault.said if verdict.pending else f"the judge {fault}"
@@ -239,11 +242,7 @@ class Endpoint:
             text = response.text
         except Exception as error:  # the client's own, and those of what it is made of
             raise self.fault_of(error) from None
-        try:
-            said = json.loads(text)
-        except (ValueError, RecursionError):
-            said = None
-        return self.answer(said, attempt)
+        return self.answer(json_of(text), attempt)
 
     def answer(self, said: Any, attempt: int) -> Answer:
         """The answer in the body of a response.

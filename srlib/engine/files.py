@@ -14,8 +14,16 @@ from srlib.data.rows import read_json, unwritten
 from srlib.params import ModelSpec
 
 # What transformers and peft read, beside the weights; other files of a folder are no concern of theirs.
-CONFIGURATIONS = ("config.json", "generation_config.json", "adapter_config.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+READ = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 
 
 class Index(TypedDict):
@@ -60,7 +68,7 @@ def _check_folder(folder: Path, config: str, kind: str) -> None:
 
     if not (folder / config).is_file():
         raise SrlibError(f"There is no {kind} in {folder}: {config} is not there.")
-    for name in (*CONFIGURATIONS, *TOKENIZERS):
+    for name in READ:
         if (folder / name).exists():
             read_json(folder / name, dict[str, Any], "make it again")
     weights = set(folder.glob("*.safetensors"))

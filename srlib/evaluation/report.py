@@ -11,6 +11,7 @@ from srlib.evaluation import stats
 from srlib.params import find, nearest
 
 SETTINGS = ("dataset", "samples_per_problem", "max_tokens")  # in which runs that are compared are alike
+AGAIN = "run stage 05 again: python -m srlib run … --only 05_evaluate"
 COUNTED = {"id": str, "correct": bool, "big_tokens": int, "small_tokens": int}  # of a completion
 
 
@@ -81,9 +82,6 @@ def _unlike(rows: list[dict[str, dict]], names: list[str]) -> list[str]:
     return found
 
 
-AGAIN = "run stage 05 again: python -m srlib run … --only 05_evaluate"
-
-
 def _rows(folder: str | Path) -> dict[str, dict[str, Any]]:
     path = _stage(folder) / "results.json"
     if not path.is_file():
@@ -102,7 +100,7 @@ def _completions(folder: str | Path, policy: str) -> list[dict[str, Any]]:
     except SrlibError as error:
         raise SrlibError(f"{error} Run stage 05 again: python -m srlib run … --only 05_evaluate") from None
     if not all(isinstance(record.get(key), kind) for record in records for key, kind in COUNTED.items()):
-        raise SrlibError(f"{path} is not complete; run stage 05 again: python -m srlib run … --only 05_evaluate")
+        raise SrlibError(f"{path} is not complete; {AGAIN}")
     return records
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,10 +94,13 @@ class Manifest:
         """Of what a complete stage left behind, the files that are not as they were; only those in `paths`, if given."""
         if not self.complete(name):
             return []
-        differ = _differ(self.stages[name].get("outputs", {}), self._outputs(name))
         folder = self.folder / name
-        tops = [Path(path) for path in paths]
-        return [file for file in differ if not tops or any((folder / file).is_relative_to(top) for top in tops)]
+
+        def asked(file: str) -> bool:
+            return not paths or any((folder / file).is_relative_to(path) for path in paths)
+
+        was = {file: digest for file, digest in self.stages[name].get("outputs", {}).items() if asked(file)}
+        return _differ(was, self._outputs(name, asked))
 
     def check_inputs(self, name: str, made_now: Sequence[str] = ()) -> None:
         """That what a stage reads is what the stages before it left, in this run or in the one it builds on.
@@ -188,12 +191,13 @@ class Manifest:
         found = artefacts(self.p)
         return [here(path) for name in stage.reads for path in found[name].paths if Path(path).exists()]
 
-    def _outputs(self, name: str) -> dict[str, str]:
-        """Digest of each file of a stage but its notebook and figures, which a hand may make again."""
+    def _outputs(self, name: str, asked: Callable[[str], bool] = bool) -> dict[str, str]:
+        """Digest of each file of a stage that is `asked` for; its notebook and figures may be made again by hand."""
         folder = self.folder / name
         ours = (LOCK, HOLDER)
         made = [f for f in digests.files(folder) if f.name not in ours and f.suffix not in (".ipynb", ".png")]
-        return {str(f.relative_to(folder)): digests.of_path(f) for f in made}
+        named = {str(f.relative_to(folder)): f for f in made}
+        return {file: digests.of_path(f) for file, f in named.items() if asked(file)}
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

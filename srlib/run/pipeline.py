@@ -46,11 +46,12 @@ def begin(stage: str, scope: dict[str, Any]) -> tuple[Params, Path]:
     p = from_notebook(scope)
     by_hand = locks.begin(p.run_dir, stage)
     require(p, stage)
-    if by_hand:
-        Manifest(p).check_inputs(stage)
+    manifest = Manifest(p) if by_hand else None  # a run looks after its own
+    if manifest:
+        manifest.check_inputs(stage)
     memory.check(p, stage)
-    if by_hand:
-        Manifest(p).by_hand(stage)
+    if manifest:
+        manifest.by_hand(stage)
     import torch
     from transformers import set_seed
 
