@@ -286,23 +286,15 @@ def test_settings_of_a_spec(folders, adapters):
         quantization="fp8",
         context=100,
         kv_cache_gb=2,
-        ray=True,
         tensor_parallel=2,
     )
     given = arguments(spec, folders[0], 8, adapters[0], cpu=False)
-    assert given["quantization"] == "fp8" and given["dtype"] == "bfloat16" and given["device_ids"] == [1]
+    assert given["quantization"] == "fp8" and given["dtype"] == "bfloat16" and given["device_ids"] == [1, 2]
     assert given["max_model_len"] == 101 and given["kv_cache_memory_bytes"] == 2 * 2**30 and "block_size" not in given
-    assert given["distributed_executor_backend"] == "ray" and given["tensor_parallel_size"] == 2
+    assert given["distributed_executor_backend"] is None and given["tensor_parallel_size"] == 2
     assert given["max_lora_rank"] == 8 and given["max_num_seqs"] == 8 and given["enforce_eager"]
     with pytest.raises(SrlibError, match="quantization is awq, but the weights of .* are not quantised"):
         arguments(spec.model_copy(update={"quantization": "awq"}), folders[0], 8, None, cpu=False)
-
-
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_what_bitsandbytes_does_is_not_asked_of_vllm(folders, quantization):
-    spec = ModelSpec(path=folders[0]).model_copy(update={"engine": "vllm", "quantization": quantization})
-    with pytest.raises(SrlibError, match=f"quantization is {quantization}, which vLLM does not have"):
-        arguments(spec, folders[0], 8, None, cpu=False)
 
 
 @needs_vllm
@@ -321,7 +313,7 @@ def test_engine_arguments_are_vllms_own(folders):
     given = arguments(half, folders[0], 8, None, cpu=True)
     assert given["quantization"] in QUANTIZATION_METHODS
     assert AsyncEngineArgs(**given).create_engine_config().model_config.quantization == "fp8"
-    with pytest.raises(ValueError, match="bitsandbytes"):  # as long as it says so, `arguments` refuses nf4
+    with pytest.raises(ValueError, match="bitsandbytes"):  # as long as it says so, nf4 is refused with it
         AsyncEngineArgs(**given | {"quantization": "bitsandbytes"}).create_engine_config()
 
 

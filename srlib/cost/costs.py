@@ -74,7 +74,7 @@ def roofline(
     about what the paper's table has of an A6000's limits (see the tests); communication is left out.
 
     Args:
-        model: 1.5B, 7B, 14B or 32B (R1-Distill-Qwen), or a shape of `srlib.cost.shapes`.
+        model: 1.5B, 7B, 8B, 14B, 32B or 70B (R1-Distill), or a shape of `srlib.cost.shapes`.
 
     Raises:
         SrlibError: no such GPU or model.

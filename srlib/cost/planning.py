@@ -21,12 +21,13 @@ USABLE = 0.9  # of a GPU's memory; the rest is for activations and what the allo
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked: tokens of a request, and how much of it is the big model's."""
+    """What is asked: tokens of a request, how much of it is the big model's, and seconds a hand-over costs on top."""
 
     share: float
     prompt: int = 512
     decode: int = 4096
     span: int = 128
+    handover_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def group(gpu: str, small: str, big: str, load: Load, devices: int, replicas: in
     slots = min(slots, 256)  # what engines batch by default
     if slots < max(1, replicas):
         return None
-    pair = Pipeline(roofline(gpu, small), roofline(gpu, big, max(1, devices)))
+    costs = roofline(gpu, small), roofline(gpu, big, max(1, devices))
+    pair = Pipeline(*costs, switch_s=load.handover_s / 2)
     each = slots // max(1, replicas)
     share = load.share if replicas else 1.0
     requests = 3 * each * max(1, replicas)  # three fillings, so that beginning and end weigh little

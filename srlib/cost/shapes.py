@@ -44,12 +44,15 @@ def qwen2(h: int, layers: int, heads: int, kv_heads: int, f: int, vocabulary: in
     return Shape(h, layers, h, kv, f, vocabulary, context, linear, rest)
 
 
-# DeepSeek-R1-Distill-Qwen, from the configurations on the hub; quantised copies have the name in theirs.
+# DeepSeek-R1-Distill-Qwen, from the configurations on the hub; quantised copies have the name in theirs. 8B and 70B are
+# R1-Distill-Llama: the same but for biases, which are a ten-thousandth of it.
 KNOWN = {
     "1.5b": qwen2(1536, 28, 12, 2, 8960, 151936, 131072, False),
     "7b": qwen2(3584, 28, 28, 4, 18944, 152064, 131072, False),
+    "8b": qwen2(4096, 32, 32, 8, 14336, 128256, 131072, False),
     "14b": qwen2(5120, 48, 40, 8, 13824, 152064, 131072, False),
     "32b": qwen2(5120, 64, 40, 8, 27648, 152064, 131072, False),
+    "70b": qwen2(8192, 80, 64, 8, 28672, 128256, 131072, False),
 }
 
 

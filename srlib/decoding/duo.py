@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from srlib.data import spans
 from srlib.data.spans import Tags
 from srlib.decoding.translate import Bridge
-from srlib.engine.protocol import Engine
+from srlib.engine.protocol import Engine, Request, Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Turns:
+    """What one model is asked: at most `most` requests at a time, and the others wait for their turn."""
+
+    def __init__(self, engine: Engine, most: int) -> None:
+        self.engine, self.most = engine, most
+        self._waiting: deque[Request] = deque()  # not submitted yet
+        self._asked: set[Request] = set()  # submitted, and not done
+
+    def ask(self, request: Request) -> Request:
+        """Have a request submitted as soon as there is room for it."""
+        self._waiting.append(request)
+        return request
+
+    def submit(self) -> None:
+        """Submit what there is room for."""
+        while self._waiting and len(self._asked) < self.most:
+            self._asked.add(self.engine.submit(self._waiting.popleft()))
+
+    def done(self, request: Request) -> None:
+        """Take note that a request is done, which may be another model's."""
+        self._asked.discard(request)
+
+    def take_back(self, request: Request) -> None:
+        """As if `request` had not been asked."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        else:
+            self._asked.discard(request)
+            self.engine.cancel(request)
+
+    def close(self, sequence: Sequence) -> None:
+        """Give a sequence's slot back; what was asked for it is forgotten."""
+        self._waiting = deque(request for request in self._waiting if request.sequence is not sequence)
+        self._asked = {request for request in self._asked if request.sequence is not sequence}
+        self.engine.close(sequence)
 
 
 class Duo:
@@ -22,6 +60,8 @@ class Duo:
         small, big: engines; one of them may be None, if it is never asked.
         max_tokens: most tokens of a trace, tags included.
         span_budget: most tokens of one span.
+        batch_size: most requests that one model has at a time, those to read along and to write on included; the
+            others wait for their turn.
         control_chunk: big tokens between two looks of the small model; tokens behind the place
             where it takes over are lost, so 1 wastes nothing. Always 1 if a tag is several tokens.
         temperature, top_p, top_k: of both models; temperature 0 is greedy.
@@ -42,6 +82,7 @@ class Duo:
         *,
         max_tokens: int,
         span_budget: int = 8,
+        batch_size: int = 64,
         control_chunk: int = 1,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -53,6 +94,8 @@ class Duo:
     ) -> None:
         self.small, self.big = small, big
         self.engines = [engine for engine in (small, big) if engine is not None]
+        self.batch_size = min(batch_size, *(engine.slots for engine in self.engines))
+        self.turns = {engine: Turns(engine, self.batch_size) for engine in self.engines}
         self.max_tokens, self.span_budget = max_tokens, span_budget
         self.stream_chunk, self.overlap = stream_chunk, overlap
         self.sampling = (temperature, top_p, top_k)

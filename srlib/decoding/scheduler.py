@@ -41,7 +41,6 @@ class Job:
         self.writer = writer
         self.steps: Iterator[Request] | None = None  # None: it has not begun
         self.request: Request | None = None  # what it waits for
-        self.engine: Engine | None = None  # and of whom
         self.done = False
 
     @property
@@ -55,12 +54,11 @@ class Offloader(Duo):
     Args:
         small, big: engines; one that the policy never asks is left alone, and may be None.
         policy: who writes.
-        batch_size: most traces that one model is asked for at a time; the others wait for their turn.
         oversubscribe: traces under way beyond `batch_size`, as a part of it and as far as there are slots:
             some write while others are with the big model.
         hint: text put behind every prompt that is given as text.
         seed: with the prompt, it fixes a trace, whatever is written beside it.
-        **how: of `Duo`, such as `max_tokens`, `span_budget`, `temperature`.
+        **how: of `Duo`, such as `max_tokens`, `span_budget`, `batch_size`, `temperature`.
 
     Raises:
         SrlibError: a model that the policy asks is None, or the vocabularies differ, and one of them
@@ -73,7 +71,6 @@ class Offloader(Duo):
         big: Engine | None,
         policy: Policy,
         *,
-        batch_size: int = 64,
         oversubscribe: float = 0.0,
         hint: str = "",
         seed: int = 0,
@@ -92,12 +89,9 @@ class Offloader(Duo):
         self.stepping = [engine for engine in self.engines if steps(engine)]
         self._sizes = {engine: len(engine.tokenizer) for engine in self.engines}
         slots = min(engine.slots for engine in self.engines)
-        self.batch_size = min(batch_size, slots)
         self.under_way = min(slots_for(self.batch_size, oversubscribe), slots)  # most traces
         self._queue: deque[Job] = deque()  # not begun
         self._waiting: dict[Request, Job] = {}
-        self._asked = dict.fromkeys(self.engines, 0)  # how many wait for each
-        self._requests: dict[Engine, deque[Request]] = {engine: deque() for engine in self.engines}  # not submitted yet
         self._ended: list[Job] = []  # not given by `step` yet
         self._waited = 0.0  # seconds in which engines were waited for
         self.controller_seconds = 0.0  # of the last `run`: those in which no engine was waited for
@@ -145,18 +139,16 @@ class Offloader(Duo):
             self._waited += self._time() - before
             for request in answered:
                 request.done = True
+                for turns in self.turns.values():
+                    turns.done(request)
                 if (job := self._waiting.pop(request, None)) is not None:  # else nobody waits for it
-                    assert job.engine is not None
-                    self._asked[job.engine] -= 1
                     self._advance(job)
         while self._queue and len(self._waiting) < self.under_way:
             job = self._queue.popleft()
             job.steps = self._steps(job.writer)
             self._advance(job)
-        for engine, queue in self._requests.items():
-            while queue and self._asked[engine] < self.batch_size:
-                engine.submit(queue.popleft())
-                self._asked[engine] += 1
+        for turns in self.turns.values():
+            turns.submit()
         ended, self._ended = self._ended, []
         return ended
 
@@ -271,25 +263,15 @@ class Offloader(Duo):
                 error = _told(error)
             job.writer.stop("error", error)
             return self._end(job)
-        writer = job.writer
-        side = writer.big if request.sequence is writer.big._sequence else writer.small
-        job.request, job.engine = request, side.engine
+        job.request = request
         self._waiting[request] = job
-        if request.start is None:
-            self._requests[side.engine].append(request)
-        else:  # submitted before it was waited for
-            self._asked[side.engine] += 1
 
     def _forget(self, job: Job) -> None:
         """Nobody waits for what `job` has asked."""
         if job in self._queue:
             self._queue.remove(job)
-        elif job.request is not None and self._waiting.pop(job.request, None) is not None:
-            assert job.engine is not None
-            if job.request.start is None:
-                self._requests[job.engine].remove(job.request)
-            else:
-                self._asked[job.engine] -= 1
+        elif job.request is not None:
+            self._waiting.pop(job.request, None)
 
     def _end(self, job: Job) -> None:
         job.done = True

@@ -28,9 +28,9 @@ from collections.abc import Generator
 from typing import Any
 
 from srlib.data import spans
-from srlib.decoding.duo import Duo
+from srlib.decoding.duo import Duo, Turns
 from srlib.decoding.trace import BIG, FORCED, NAN, SMALL, Handover, Trace
-from srlib.engine.protocol import STOP_TAIL, Engine, Request, Sampling, Sequence
+from srlib.engine.protocol import STOP_TAIL, Request, Sampling, Sequence
 
 Steps = Generator[Request, None, None]  # what is waited for, until it is done
 
@@ -38,30 +38,30 @@ Steps = Generator[Request, None, None]  # what is waited for, until it is done
 class Side:
     """One model's view of one trace: a sequence, and what it has still to read."""
 
-    def __init__(self, engine: Engine | None, prompt_ids: list[int], sampling: Sampling) -> None:
-        self._engine, self.sampling = engine, sampling
+    def __init__(self, turns: Turns | None, prompt_ids: list[int], sampling: Sampling) -> None:
+        self._turns, self.sampling = turns, sampling
         self.unread = list(prompt_ids)
         self._sequence: Sequence | None = None
         self.length = 0  # ids the sequence has, as far as they have been heard of
 
     @property
-    def engine(self) -> Engine:
+    def turns(self) -> Turns:
         """The model; only for policies that ask it is there one."""
-        assert self._engine is not None
-        return self._engine
+        assert self._turns is not None
+        return self._turns
 
     @property
     def sequence(self) -> Sequence:
         """Its sequence, which takes a slot."""
         if self._sequence is None:
-            self._sequence = self.engine.open([], self.sampling)
+            self._sequence = self.turns.engine.open([], self.sampling)
         return self._sequence
 
     def request(self, **ask: Any) -> Request:
-        """To read what is unread and do what is asked; to yield it is to submit it and wait for it."""
+        """To read what is unread and do what is asked, in its turn; to yield it is to wait for it."""
         feed, self.unread = self.unread, []
         self.length += len(feed)
-        return Request(self.sequence, feed, **ask)
+        return self.turns.ask(Request(self.sequence, feed, **ask))
 
     def answered(self, request: Request) -> None:
         """Take note of what `request`, which is done, has written.
@@ -76,17 +76,17 @@ class Side:
     def read(self) -> None:
         """Have what is unread read while others work."""
         if self.unread:
-            self.engine.submit(self.request())
+            self.request()
 
     def take_back(self, tokens: int) -> None:
         """Take the last `tokens` ids back."""
         self.length -= tokens
-        self.engine.truncate(self.sequence, self.length)
+        self.turns.engine.truncate(self.sequence, self.length)
 
     def close(self) -> None:
         """Give the slot back."""
         if self._sequence is not None:
-            self.engine.close(self._sequence)
+            self.turns.close(self._sequence)
 
     @property
     def forwarded(self) -> int:
@@ -97,7 +97,7 @@ class Side:
 class Writer:
     """The writing of one trace: what a policy may do with it. What takes time is a generator of requests.
 
-    A request that is yielded is submitted as soon as its model has room for it.
+    A request is submitted as soon as its model has room for it; one that is yielded is waited for.
 
     Args:
         duo: the engines, and how they work together.
@@ -111,8 +111,9 @@ class Writer:
         self.o, self.seed, self._live = duo, seed, live
         self.trace = Trace(list(prompt_ids), duo.tags)
         # One seed for both: where they agree on a token's distribution they draw the same token.
-        self.small = Side(duo.small, prompt_ids, Sampling(*duo.sampling, seed))
-        self.big = Side(duo.big, big_prompt_ids, Sampling(*duo.big_sampling, seed))
+        small, big = (duo.turns[engine] if engine is not None else None for engine in (duo.small, duo.big))
+        self.small = Side(small, prompt_ids, Sampling(*duo.sampling, seed))
+        self.big = Side(big, big_prompt_ids, Sampling(*duo.big_sampling, seed))
         rooms = [
             engine.context - len(ids)
             for engine, ids in ((duo.small, prompt_ids), (duo.big, big_prompt_ids))
@@ -230,7 +231,7 @@ class Writer:
             self._shaky = n
             left = min(o.control_chunk, budget - (len(self.trace.ids) - start))
             if o.overlap and left > 0 and self.left > 0 and not ended:
-                ahead = self.big.engine.submit(self._ask_big(left))
+                ahead = self._ask_big(left)
             if n > ended:
                 tag = yield from self._close_if_wanted(n, n - ended, ahead)
             self._shaky = 0
@@ -345,7 +346,7 @@ class Writer:
                 self.small.take_back(len(tries.ids))
                 return 0
         if ahead is not None:
-            self.big.engine.cancel(ahead)
+            self.big.turns.take_back(ahead)
         self._take_back_big(place + 1)
         if extra := n - place - 1:
             self.small.take_back(extra)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from logging import getLogger
 from pathlib import Path
 
 import torch
@@ -100,6 +101,8 @@ def _with_adapter(
 def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
     if spec.quantization == "none":
         return None
+    # It tells at every pass of every layer that int8 computes in fp16.
+    getLogger("bitsandbytes.autograd._functions").setLevel("ERROR")
     return BitsAndBytesConfig(
         load_in_4bit=spec.quantization == "nf4",
         load_in_8bit=spec.quantization == "int8",

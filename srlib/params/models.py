@@ -24,28 +24,39 @@ class ModelSpec(Section):
 
     path: str | None = Field(None, description="folder or hub name; empty: the one stage 00 trains")
     adapter: str | None = Field(None, description="folder of a LoRA adapter to lay on top")
-    merge: bool = Field(True, description="fold the adapter into the weights when it is loaded")
+    merge: bool = Field(
+        True,
+        description="fold the adapter into the weights when it is loaded; quantised weights keep it beside them, "
+        "and vllm merges one with trained token embeddings in any case",
+    )
     engine: Literal["transformers", "vllm"] = Field("transformers", description="what the model runs on")
-    url: Address | None = Field(None, description="vllm: address of a running server, such as http://127.0.0.1:8000")
+    url: Address | None = Field(
+        None,
+        description="vllm: address of a running server, such as http://127.0.0.1:8000; the settings below then only "
+        "tell `plan` how it was started",
+    )
     process: bool = Field(
         False, description="transformers: in a process of its own, so that both models of a pair work at the same time"
     )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="auto, cpu, cuda, or one GPU such as cuda:1; auto: a GPU if there is one",
+        description="auto, cpu, cuda, or one GPU such as cuda:1, for several the first; auto: a GPU if there is one",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of weights and computation; auto: bfloat16 on a GPU, float32 on a CPU"
+        "auto",
+        description="of weights and computation, but of what is quantised; auto: bfloat16 on a GPU, float32 on a CPU",
     )
     quantization: Literal["none", "nf4", "int8", "awq", "gptq", "fp8"] = Field(
         "none",
-        description="of the weights; nf4 and int8: by bitsandbytes, either engine (vllm: nf4 alone); the others: vllm",
+        description="of the weights; transformers: nf4, int8, by bitsandbytes; vllm: fp8, and awq, gptq as they are saved",
     )
     context: int | None = Field(
-        None, ge=16, description="tokens of the longest sequence there is room for; empty: the model's own"
+        None, ge=16, description="tokens of the longest sequence there is room for; empty: the model's or server's own"
     )
-    kv_cache_gb: float | None = Field(None, gt=0, description="vllm: size of the KV cache in GiB, on each device")
+    kv_cache_gb: float | None = Field(
+        None, gt=0, description="vllm: size of the KV cache in GiB, on each device; empty: vLLM's choice, 2 on a CPU"
+    )
     tensor_parallel: int = Field(1, ge=1, description="vllm: devices that share every layer")
     pipeline_parallel: int = Field(1, ge=1, description="vllm: groups of devices that share the layers out")
     ray: bool = Field(False, description="vllm: the devices are on several machines, under Ray")
@@ -64,12 +75,20 @@ class ModelSpec(Section):
                 raise ValueError(
                     f"quantization {self.quantization} needs engine: vllm; transformers takes nf4 and int8"
                 )
-            if self.url or self.ray or self.compile or self.tensor_parallel * self.pipeline_parallel > 1:
-                raise ValueError("url, ray, compile and the parallel settings need engine: vllm")
-        elif self.process:
+            several = self.tensor_parallel * self.pipeline_parallel > 1
+            if self.url or self.ray or self.compile or self.kv_cache_gb or several:
+                raise ValueError("url, ray, compile, kv_cache_gb and the parallel settings need engine: vllm")
+            return self
+        if self.process:
             raise ValueError("process needs engine: transformers; vllm works by itself")
-        if self.engine == "vllm" and self.quantization == "int8":
-            raise ValueError("quantization int8 needs engine: transformers; vllm takes nf4, awq, gptq and fp8")
+        if self.quantization in ("nf4", "int8"):
+            raise ValueError(
+                f"quantization {self.quantization} needs engine: transformers; vllm takes awq, gptq and fp8"
+            )
+        if self.url and (self.ray or self.compile or self.device != "auto"):
+            raise ValueError("device, ray and compile are for a model that is loaded here, and url names a server")
+        if self.ray and ":" in self.device:
+            raise ValueError(f"device is {self.device}, and with ray it is Ray that chooses the devices; leave it away")
         return self
 
 

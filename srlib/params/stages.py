@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -226,22 +226,32 @@ class Sft(Section):
     n_watch: int = Field(256, ge=1, description="unseen problems on which the tuned model is watched")
 
 
+ModelSize = Literal["1.5B", "7B", "8B", "14B", "32B", "70B"]
+GpuName = Literal["a6000", "rtx4090", "l40s", "a100", "h100", "h200"]
+
+
 class Latency(Section):
     """Where the seconds of the latency model come from."""
 
     source: Literal["a6000", "calibrate", "roofline"] = Field(
-        "a6000", description="a named table, measured on this machine, or from the data sheet of a GPU"
+        "a6000",
+        description="of the seconds in the reward of 03: a named table, measured on this machine, or the data sheet "
+        "of a GPU",
     )
-    small: str = Field("1.5B", description="the model that stands for the small one: 1.5B, 7B, 14B or 32B")
-    big: str = Field("32B", description="the model that stands for the big one")
-    gpu: str = Field("h100", description="roofline, and 07: the GPU, as srlib/cost/costs.py names it")
-    devices: int = Field(1, ge=1, description="roofline: GPUs that share every layer of the big model")
-    handover_s: float = Field(0.0, ge=0, description="seconds a hand-over costs on top")
+    small: ModelSize = Field("1.5B", description="a6000, roofline, and 07: the model that stands for the small one")
+    big: ModelSize = Field("32B", description="a6000, roofline, and 07: the model that stands for the big one")
+    gpu: GpuName = Field("h100", description="roofline, and 07: the GPU whose data sheet it is")
+    devices: int = Field(1, ge=1, description="roofline, and 07: GPUs that share every layer of the big model")
+    handover_s: float = Field(
+        0.0, ge=0, description="seconds a hand-over costs on top, to the big model and back; 07: in what is simulated"
+    )
     prompt: int = Field(512, ge=1, description="07: tokens of a prompt in what is simulated")
     decode: int = Field(4096, ge=16, description="07: tokens of a trace")
     span: int = Field(128, ge=1, description="07: tokens the big model writes in a row")
     gpu_hour: float = Field(2.0, gt=0, description="07: price of a GPU for an hour, in any currency")
-    gpus: list[int] = Field([1, 8, 1000], min_length=1, description="07: numbers of GPUs to plan for")
+    gpus: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 8, 1000], min_length=1, description="07: numbers of GPUs to plan for"
+    )
     n_check: int = Field(12, ge=1, description="07: problems on which prediction and clock are compared")
 
 
@@ -314,18 +324,31 @@ class Offload(Section):
     """How two models write a trace."""
 
     max_tokens: int = Field(96, ge=1, description="most tokens of one trace, tags included")
-    span_budget: int = Field(8, ge=1, description="most tokens the big model writes in one span")
-    batch_size: int = Field(64, ge=1, description="most traces that one model is asked for at a time")
+    span_budget: int = Field(8, ge=1, description="most tokens the big model writes in one span that was asked for")
+    batch_size: int = Field(
+        64, ge=1, description="most requests one model has at a time: to write a part of a trace, or to read along"
+    )
     temperature: float = Field(0.0, ge=0, description="of both models; 0: always the likeliest token")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="probability that the tokens drawn from have together; 1: all tokens"
+        1.0,
+        gt=0,
+        le=1,
+        description="above temperature 0: probability that the tokens drawn from have together; 1: all tokens",
     )
-    top_k: int = Field(0, ge=0, description="number of likeliest tokens drawn from; 0: all tokens")
-    control_chunk: int = Field(1, ge=1, description="big tokens between two looks of the small model")
+    top_k: int = Field(
+        0, ge=0, description="above temperature 0: number of likeliest tokens drawn from; 0: all tokens"
+    )
+    control_chunk: int = Field(
+        1, ge=1, description="big tokens between two looks of the small model; always 1 where a tag is plain text"
+    )
     stream_chunk: int = Field(
         0, ge=0, description="the big model reads along every so many small tokens; 0: when asked"
     )
-    overlap: bool = Field(False, description="the big model writes on while the small one looks at its last chunk")
+    overlap: bool = Field(
+        False,
+        description="the big model writes on while the small one looks at its last chunk; worth it where both work at "
+        "the same time (process, vllm)",
+    )
     oversubscribe: float = Field(
         0.0, ge=0, description="traces under way beyond batch_size, as a part of it: they stand in for those at the big"
     )
@@ -351,36 +374,46 @@ class Evaluate(Section):
         description="own: as set here and in offload; published: as accuracies are published; quick: for a look; "
         "see srlib/data/benchmarks.py",
     )
-    n_problems: int = Field(1000, ge=2, description="unseen problems, drawn at random")
-    samples_per_problem: int = Field(1, ge=1, description="traces each policy writes for a problem")
-    n_refused: int = Field(300, ge=0, description="problems whose requests are each refused once; 0: none")
+    n_problems: int = Field(
+        1000, ge=2, description="unseen problems, drawn at random; of a set on the hub the other protocols decide it"
+    )
+    samples_per_problem: int = Field(
+        1, ge=1, description="traces each policy writes for a problem, where the protocol does not decide it"
+    )
+    n_refused: int = Field(
+        300, ge=0, description="problems in which each request of the policy learned is refused once; 0: none"
+    )
     policies: list[
         Literal["small", "big", "learned", "grpo", "learned_off", "random", "rejection", "entropy", "speculative"]
     ] = Field(
         ["small", "big", "learned", "grpo", "learned_off", "random", "rejection", "entropy", "speculative"],
         min_length=1,
-        description="each model alone; tuned; reinforced; tuned but never answered; baselines",
+        description="each model alone; tuned; reinforced; tuned but never answered; baselines; in any order",
     )
     random_shares: list[float] = Field(
         [0.05, 0.1, 0.2, 0.4, 0.7],
-        description="probabilities with which random has the big model write; a row for each",
+        description="random: probabilities with which the big model writes; a row for each, and one at learned's share",
     )
-    random_chunk: int = Field(4, ge=1, description="tokens one owner writes in a row under random and entropy")
+    random_chunk: int = Field(4, ge=1, description="random, entropy: tokens the big model writes in a row (random: either)")
     rejections: list[float] = Field(
-        [0.25, 0.5, 0.75], description="probabilities with which requests are refused; a row for each"
+        [0.25, 0.5, 0.75], description="rejection: probabilities with which a request is refused; a row for each"
     )
-    entropies: list[float] = Field([0.5, 1.0], description="nats above which the entropy policy asks; a row for each")
-    draft_tokens: int = Field(4, ge=1, description="tokens the small model drafts in speculative decoding")
+    entropies: list[float] = Field(
+        [0.5, 1.0], description="entropy: nats above which the big model is asked; a row for each"
+    )
+    draft_tokens: int = Field(4, ge=1, description="speculative: tokens the small model drafts")
 
     @model_validator(mode="after")
-    def _shares(self) -> Evaluate:
-        for name in ("random_shares", "rejections"):
-            for share in getattr(self, name):
-                if not 0 < share < 1:
-                    raise ValueError(f"{name} holds {share}, which is not between 0 and 1")
-        for threshold in self.entropies:
-            if threshold <= 0:
-                raise ValueError(f"entropies holds {threshold}, which is not above 0")
+    def _rows(self) -> Evaluate:
+        for name, most in (("random_shares", 1), ("rejections", 1), ("entropies", math.inf)):
+            named: dict[str, float] = {}
+            for value in getattr(self, name):
+                if not 0 < value < most:
+                    bounds = "above 0" if most > 1 else "between 0 and 1"
+                    raise ValueError(f"{name} holds {value}, which is not {bounds}")
+                if (row := f"{value:.2f}") in named:
+                    raise ValueError(f"{name} holds {named[row]} and {value}, whose rows would both be called {row}")
+                named[row] = value
         return self
 
 
@@ -390,8 +423,8 @@ class Bench(Section):
     policies: list[Literal["learned", "random", "speculative"]] = Field(
         ["learned", "random", "speculative"], description="beside each model alone"
     )
-    batch_sizes: list[int] = Field(
-        [1, 16, 64], min_length=1, description="traces that one model is asked for at a time"
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 16, 64], min_length=1, description="as offload.batch_size, one after the other"
     )
     repeats: int = Field(3, ge=1, description="runs whose median is taken, after one to warm up")
     max_tokens: int = Field(64, ge=2, description="most tokens of a trace")

@@ -16,18 +16,15 @@ def arguments(spec: ModelSpec, path: str, slots: int, lora: str | None, cpu: boo
     """The settings of a spec as vLLM's engine arguments.
 
     Raises:
-        SrlibError: vLLM does not quantise in the way the spec says, or the weights are not quantised in that way.
+        SrlibError: the weights are not quantised in the way the spec says.
     """
     from transformers import AutoConfig
 
-    if spec.quantization in ("nf4", "int8"):
-        raise SrlibError(
-            f"quantization is {spec.quantization}, which vLLM does not have; "
-            "set it to awq, gptq or fp8, or engine to transformers."
-        )
     config = AutoConfig.from_pretrained(path)
-    if spec.quantization in ("awq", "gptq") and not getattr(config, "quantization_config", None):
-        raise SrlibError(f"quantization is {spec.quantization}, but the weights of {path} are not quantised.")
+    saved = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if spec.quantization in ("awq", "gptq") and (not saved or {saved, spec.quantization} == {"awq", "gptq"}):
+        was = f"quantised by {saved}" if saved else "not quantised"
+        raise SrlibError(f"quantization is {spec.quantization}, but the weights of {path} are {was}.")
     given = {
         "model": path,
         "skip_tokenizer_init": True,
@@ -50,7 +47,8 @@ def arguments(spec: ModelSpec, path: str, slots: int, lora: str | None, cpu: boo
         longest = getattr(config, "max_position_embeddings", spec.context + 1)
         given["max_model_len"] = min(spec.context + 1, longest)
     if spec.device.startswith("cuda:"):
-        given["device_ids"] = [int(spec.device.removeprefix("cuda:"))]
+        first = int(spec.device.removeprefix("cuda:"))
+        given["device_ids"] = [first + i for i in range(spec.tensor_parallel * spec.pipeline_parallel)]
     if cpu:
         given["block_size"] = 32  # the least for a CPU, where 128 is usual
     if size := spec.kv_cache_gb or (CPU_CACHE_GB if cpu else None):

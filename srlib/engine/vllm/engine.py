@@ -79,7 +79,8 @@ class VllmEngine(Running):
         except BaseException:
             self._loop.call_soon_threadsafe(self._loop.stop)
             raise
-        self.context = self._model.length - 1  # vLLM wants room for the token it answers with
+        longest = self._model.length - 1  # vLLM wants room for the token it answers with
+        self.context = min(spec.context or longest, longest)
         # Frees the model, once: when it is called, when the engine is garbage, or at exit.
         self.shutdown = weakref.finalize(self, _stop, self._model, self._loop, thread)
 
