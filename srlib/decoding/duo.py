@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,39 +16,46 @@ if TYPE_CHECKING:
 
 
 class Turns:
-    """What one model is asked: at most `most` requests at a time, and the others wait for their turn."""
+    """What one model is asked: for at most `most` traces at a time, and the others wait for their turn."""
 
     def __init__(self, engine: Engine, most: int) -> None:
         self.engine, self.most = engine, most
-        self._waiting: deque[Request] = deque()  # not submitted yet
-        self._asked: set[Request] = set()  # submitted, and not done
+        self._waiting: list[Request] = []  # not submitted yet
+        self._asked: dict[Sequence, set[Request]] = {}  # submitted, and not done, for each trace that has such
 
     def ask(self, request: Request) -> Request:
-        """Have a request submitted as soon as there is room for it."""
+        """Have a request submitted as soon as there is room for its trace."""
         self._waiting.append(request)
         return request
 
     def submit(self) -> None:
         """Submit what there is room for."""
-        while self._waiting and len(self._asked) < self.most:
-            self._asked.add(self.engine.submit(self._waiting.popleft()))
+        waiting, self._waiting = self._waiting, []
+        for request in waiting:  # those of one trace stay in order: behind one that waits, there is no room either
+            if request.sequence in self._asked or len(self._asked) < self.most:
+                self._asked.setdefault(request.sequence, set()).add(self.engine.submit(request))
+            else:
+                self._waiting.append(request)
 
     def done(self, request: Request) -> None:
         """Take note that a request is done, which may be another model's."""
-        self._asked.discard(request)
+        if request in (asked := self._asked.get(request.sequence, set())):
+            asked.remove(request)
+            if not asked:
+                del self._asked[request.sequence]
 
     def take_back(self, request: Request) -> None:
         """As if `request` had not been asked."""
         if request in self._waiting:
             self._waiting.remove(request)
         else:
-            self._asked.discard(request)
+            self.done(request)
             self.engine.cancel(request)
 
     def close(self, sequence: Sequence) -> None:
         """Give a sequence's slot back; what was asked for it is forgotten."""
-        self._waiting = deque(request for request in self._waiting if request.sequence is not sequence)
-        self._asked = {request for request in self._asked if request.sequence is not sequence}
+        self._waiting = [request for request in self._waiting if request.sequence is not sequence]
+        self._asked.pop(sequence, None)
         self.engine.close(sequence)
 
 
@@ -60,8 +66,8 @@ class Duo:
         small, big: engines; one of them may be None, if it is never asked.
         max_tokens: most tokens of a trace, tags included.
         span_budget: most tokens of one span.
-        batch_size: most requests that one model has at a time, those to read along and to write on included; the
-            others wait for their turn.
+        batch_size: most traces that one model is asked for at a time, to read along too; the others wait for
+            their turn.
         control_chunk: big tokens between two looks of the small model; tokens behind the place
             where it takes over are lost, so 1 wastes nothing. Always 1 if a tag is several tokens.
         temperature, top_p, top_k: of both models; temperature 0 is greedy.

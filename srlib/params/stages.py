@@ -326,7 +326,7 @@ class Offload(Section):
     max_tokens: int = Field(96, ge=1, description="most tokens of one trace, tags included")
     span_budget: int = Field(8, ge=1, description="most tokens the big model writes in one span that was asked for")
     batch_size: int = Field(
-        64, ge=1, description="most requests one model has at a time: to write a part of a trace, or to read along"
+        64, ge=1, description="most traces that one model is asked for at a time, to write them or to read along"
     )
     temperature: float = Field(0.0, ge=0, description="of both models; 0: always the likeliest token")
     top_p: float = Field(
