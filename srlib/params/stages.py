@@ -335,9 +335,7 @@ class Offload(Section):
         le=1,
         description="above temperature 0: probability that the tokens drawn from have together; 1: all tokens",
     )
-    top_k: int = Field(
-        0, ge=0, description="above temperature 0: number of likeliest tokens drawn from; 0: all tokens"
-    )
+    top_k: int = Field(0, ge=0, description="above temperature 0: number of likeliest tokens drawn from; 0: all tokens")
     control_chunk: int = Field(
         1, ge=1, description="big tokens between two looks of the small model; always 1 where a tag is plain text"
     )
@@ -394,7 +392,9 @@ class Evaluate(Section):
         [0.05, 0.1, 0.2, 0.4, 0.7],
         description="random: probabilities with which the big model writes; a row for each, and one at learned's share",
     )
-    random_chunk: int = Field(4, ge=1, description="random, entropy: tokens the big model writes in a row (random: either)")
+    random_chunk: int = Field(
+        4, ge=1, description="random, entropy: tokens the big model writes in a row (random: either)"
+    )
     rejections: list[float] = Field(
         [0.25, 0.5, 0.75], description="rejection: probabilities with which a request is refused; a row for each"
     )

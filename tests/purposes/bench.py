@@ -1,0 +1,82 @@
+"""The section `bench`: what `python -m srlib bench` measures."""
+
+from typing import Any
+
+import pytest
+
+from srlib.data.rows import Problem, write_jsonl
+from srlib.decoding.scheduler import Offloader
+from srlib.run import bench
+from tests.cells import run_cells
+from tests.purposes import Case, shows
+
+
+def measured(case: Case, **settings: Any) -> tuple[list[dict[str, Any]], list[tuple[Offloader, int]]]:
+    """The rows of a measurement, and each run of it: who wrote, and how many prompts."""
+    small, big = case.fixture("folders")
+    test = case.folder / "test.jsonl"
+    write_jsonl(test, [Problem(id=str(i), prompt=f"{i}+2?", answer="3") for i in range(4)])
+    changes = {"pair.small.path": small, "pair.big.path": big, "data.test": str(test)}
+    least = {"batch_sizes": [1], "min_traces": 1, "traces_per_slot": 1, "max_tokens": 4, "policies": ["random"]}
+    changes |= {f"bench.{name}": value for name, value in {**least, **settings}.items()}
+    runs: list[tuple[Offloader, int]] = []
+    measure = bench._measure
+
+    def noted(writer: Offloader, prompts: list) -> dict[str, float]:
+        runs.append((writer, len(prompts)))
+        return measure(writer, prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "_measure", noted)
+        rows = bench.run(case.params(changes))["rows"]
+    return rows, runs
+
+
+def policy(runs: list[tuple[Offloader, int]], name: str) -> Any:
+    return next(writer.policy for writer, _ in runs if writer.policy.name == name)
+
+
+@shows("bench.policies")
+def policies_beside_each_alone(case: Case) -> None:
+    rows, _ = measured(case, policies=["speculative"])
+    assert [row["policy"] for row in rows] == ["small", "big", "speculative", "generate"]
+
+
+@shows("bench.batch_sizes")
+def batches_one_after_the_other(case: Case) -> None:
+    rows, runs = measured(case, batch_sizes=[2, 3])
+    assert {row["batch"] for row in rows} == {writer.batch_size for writer, _ in runs} == {2, 3}
+
+
+@shows("bench.repeats")
+def rounds(case: Case) -> None:
+    _, runs = measured(case, repeats=2)
+    assert len(runs) == 3 * (1 + 2)  # of three policies, one to warm up
+
+
+@shows("bench.max_tokens")
+def most_tokens_of_a_trace(case: Case) -> None:
+    rows, runs = measured(case, max_tokens=3, traces_per_slot=4)
+    assert {writer.max_tokens for writer, _ in runs} == {3}
+    assert all(row["small_tokens"] + row.get("big_tokens", 0) <= 4 * 3 for row in rows)
+
+
+@shows("bench.traces_per_slot")
+def traces_of_a_place(case: Case) -> None:
+    _, runs = measured(case, batch_sizes=[2], traces_per_slot=3)
+    assert {n for _, n in runs} == {6}
+
+
+@shows("bench.min_traces")
+def traces_at_least(case: Case) -> None:
+    _, runs = measured(case, min_traces=5)
+    assert {n for _, n in runs} == {5}
+
+
+@shows("bench.random_share", "bench.random_chunk", "bench.draft_tokens")
+def how_the_policies_write(case: Case) -> None:
+    name = case.key.removeprefix("bench.")
+    value = 0.6 if name == "random_share" else 3
+    who, what = name.split("_")
+    _, runs = measured(case, policies=["random", "speculative"], **{name: value})
+    assert getattr(policy(runs, who), what) == value if who == "random" else policy(runs, "speculative").draft == value
