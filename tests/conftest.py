@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,3 +166,13 @@ def finished(once):
 
     outputs = once("finished", run)
     return outputs, outputs.with_suffix(".txt").read_text()
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the complete run, to be damaged."""
+    shutil.copytree(finished[0], tmp_path / "outputs")
+    # absolute paths in the manifest are those of the first run: say where it is now
+    manifest = tmp_path / "outputs" / "smoke" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(finished[0]), str(tmp_path / "outputs")))
+    return tmp_path / "outputs"

@@ -144,6 +144,22 @@ def test_what_holds_a_folder_is_taken_and_given_back(tmp_path, monkeypatch):
     assert held == [("smoke", "read")]
 
 
+def test_a_notebook_keeps_others_from_what_it_builds_on(other, tmp_path, monkeypatch):
+    monkeypatch.delenv(locks.OF_A_RUN, raising=False)
+    monkeypatch.setattr(locks, "_by_hand", {})
+    (tmp_path / "02_sft").mkdir()
+    process = other("run")
+    with pytest.raises(SrlibError, match="srlib run, since"):
+        locks.begin(tmp_path / "mine", "03_grpo", tmp_path, ["02_sft"])
+    process.kill()
+    process.wait()
+    assert locks.begin(tmp_path / "mine", "03_grpo", tmp_path, ["02_sft"])
+    for place in (tmp_path, tmp_path / "02_sft"):
+        with pytest.raises(SrlibError, match="is in use by"):
+            locks._hold(place, "write")
+    locks._hold(tmp_path / "01_annotate", "write").release()  # it does not build on that
+
+
 def test_a_folder_that_cannot_be_locked_is_told(tmp_path):
     (tmp_path / "run").write_text("no folder")
     with pytest.raises(SrlibError, match=r"run cannot be written or locked \(File exists\)"):

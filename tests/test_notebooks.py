@@ -23,16 +23,6 @@ pytestmark = pytest.mark.notebooks
 OF_A_RUN = [name for name in STAGES if name != "06_reward_ablation"]  # that one belongs to a sweep
 
 
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A copy of the complete run, to be damaged."""
-    shutil.copytree(finished[0], tmp_path / "outputs")
-    # absolute paths in the manifest are those of the first run: say where it is now
-    manifest = tmp_path / "outputs" / "smoke" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(str(finished[0]), str(tmp_path / "outputs")))
-    return tmp_path / "outputs"
-
-
 def refuses(outputs, *arguments):
     """The run must stop before any stage, with one sentence; returns it."""
     before = (outputs / "smoke" / "manifest.json").read_text()
@@ -82,12 +72,14 @@ def test_a_second_run_does_nothing(copy):
 
 
 def test_only_what_changed_runs_again(copy):
-    done = srlib("run", "params/smoke.yaml", "--set", f"outputs={copy}", "--set", "evaluate.random_shares=[0.4]")
+    settings = ("--set", f"outputs={copy}", "--set", "evaluate.random_shares=[0.4]")
+    done = srlib("run", "params/smoke.yaml", *settings, "--until", "05_evaluate")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("skipped") == len(OF_A_RUN) - 2
-    assert "05_evaluate      done in" in done.stdout and "07_latency       done in" in done.stdout  # it reads 05's rows
+    assert done.stdout.count("skipped") == len(OF_A_RUN) - 2 and "05_evaluate      done in" in done.stdout
     assert "05_evaluate      runs: evaluate.random_shares changed ([0.2, 0.5] → [0.4])\n" in done.stdout
-    assert "07_latency       runs: results.json changed; completions changed\n" in done.stdout
+    after = srlib("run", "params/smoke.yaml", *settings, "--dry-run").stdout
+    assert after.count("unchanged") == len(OF_A_RUN) - 1
+    assert "07_latency       would run: results.json changed; completions changed\n" in after  # it reads 05's rows
     assert "random_0.40" in done.stdout and "random_0.50" not in done.stdout
 
 
@@ -144,7 +136,7 @@ def test_a_killed_run_goes_on(copy):
 def test_an_interrupted_run_is_stopped_and_goes_on(tmp_path):
     """SIGINT, as Ctrl-C sends it, in a cell of a stage: one model is trained, the other is not."""
     settings = ["params/smoke.yaml", "--set", f"outputs={tmp_path}", "--until", "00_arith_pair"]
-    settings += ["--set", "arith.big.train_steps=800"]
+    settings += ["--set", "arith.big.train_steps=300"]
     run = tmp_path / "smoke"
     executed, manifest = run / "00_arith_pair" / "00_arith_pair.ipynb", run / "manifest.json"
 

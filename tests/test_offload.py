@@ -246,7 +246,7 @@ def test_random_reaches_its_share(tokenizer):
         ]
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(data=st.data())
 def test_random_handovers_against_the_reference(tokenizer, data):
     """Scripts over positions: what each model would write after a given number of tokens."""

@@ -66,15 +66,16 @@ def test_no_sweep(tmp_path):
 
 
 @pytest.mark.notebooks
-def test_one_failure_among_others(tmp_path):
-    """A combination that fails is named, the others end, and the next sweep does only that one."""
+def test_one_failure_among_others(copy):
+    """On a base that is there: a combination that fails is named, the others end, and the next sweep does only that one."""
     command = [sys.executable, "-m", "srlib", "sweep", "params/smoke.yaml", "--jobs", "2", "--name", "three"]
-    command += ["--set", f"outputs={tmp_path}", "--set", "grpo.beta=0,0.1", "--set", "grpo.max_steps=1"]
+    command += ["--set", f"outputs={copy}", "--set", "grpo.beta=0,0.1", "--set", "grpo.max_steps=1"]
 
     def go():
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
-    folder = tmp_path / "smoke-three"
+    base = (copy / "smoke" / "manifest.json").read_text()
+    folder = copy / "smoke-three"
     # what stage 03 wants to write there cannot be written: this one run fails
     blocked = folder / "beta-0.1-seed0" / "03_grpo" / "adapter"
     blocked.parent.mkdir(parents=True)
@@ -97,8 +98,9 @@ def test_one_failure_among_others(tmp_path):
         (label, policy) for label in ("beta=0", "beta=0.1") for policy in sweep.MEASURED
     }
     assert {r["n_problems"] for r in rows} == {load("params/smoke.yaml").evaluate.n_problems}
-    manifest = json.loads((tmp_path / "smoke" / "manifest.json").read_text())
-    assert set(manifest["stages"]) == {"00_arith_pair", "01_annotate", "02_sft"}  # the base did no more than that
+    assert (copy / "smoke" / "manifest.json").read_text() == base  # nothing of it was done again
+    log = (folder / "base-seed0" / "log.txt").read_text()
+    assert log.count("unchanged, skipped") == 3 and "02_sft" in log and "03_grpo" not in log  # it is asked for no more
 
 
 def test_nobody_else_writes_a_sweep_or_what_it_builds_on(tmp_path, monkeypatch):

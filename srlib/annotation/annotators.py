@@ -347,7 +347,7 @@ def _judge(p: Params, journal: Journal) -> judge.Asked:
         return judge.server(config, journal)
     from srlib import engine
 
-    slots = min(p.annotate.batch_size, p.offload.batch_size)
+    slots = p.annotate.batch_size
     return judge.Local(config, engine.load(config.local, slots), slots, p.seed)
 
 

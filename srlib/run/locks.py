@@ -69,28 +69,36 @@ def reading(folder: Path, stages: Sequence[str] = ()) -> Iterator[None]:
         SrlibError: another process writes it.
     """
     with ExitStack() as held:
-        for place in (folder, *(folder / stage for stage in stages)):
-            if os.access(place, os.W_OK):  # else nobody here writes it
-                held.enter_context(_held(place, "read"))
+        for place in _of_another(folder, stages):
+            held.enter_context(_held(place, "read"))
         yield
 
 
-def begin(folder: Path, stage: str) -> bool:
+def begin(folder: Path, stage: str, base: Path | None = None, built_on: Sequence[str] = ()) -> bool:
     """Let a notebook write its stage of the run in `folder`; returns whether it was started by hand.
 
-    By hand, it holds the folder beside other notebooks, and its stage alone, until its kernel ends.
+    By hand, it holds the folder beside other notebooks, and its stage alone, until its kernel ends; and so
+    long what it builds on stays as it is.
+
+    Args:
+        base, built_on: another run, and those of its stages that this one builds on.
 
     Raises:
-        SrlibError: a run writes the folder, or another notebook this stage of it.
+        SrlibError: a run writes the folder or `base`, or another notebook this stage or one of `built_on`.
     """
     if os.environ.get(OF_A_RUN) == str(folder):
         return False
-    if folder not in _by_hand:
-        _by_hand[folder] = _hold(folder, "read")
-    if folder / stage not in _by_hand:
-        _by_hand[folder / stage] = _hold(folder / stage, "write")
+    others = _of_another(base, built_on) if base is not None else []
+    for place in (*others, folder, folder / stage):
+        if place not in _by_hand:
+            _by_hand[place] = _hold(place, "write" if place == folder / stage else "read")
     _sign(folder / stage, f"the kernel of notebook {stage}")
     return True
+
+
+def _of_another(folder: Path, stages: Sequence[str]) -> list[Path]:
+    """What is held of another run, as far as anybody here could write it."""
+    return [place for place in (folder, *(folder / stage for stage in stages)) if os.access(place, os.W_OK)]
 
 
 @contextmanager

@@ -7,7 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
+from operator import getitem
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 
@@ -20,7 +22,7 @@ from srlib.data.rows import read_json, write_json
 from srlib.params.paths import find, here
 from srlib.params.run import Params
 from srlib.run.locks import HOLDER, LOCK
-from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, Stage, artefacts, needed
+from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, Stage, artefacts, needed, settings
 
 # Packages that decide what comes out of a stage, by their name in the code; what draws, prints and sums is none.
 PACKAGES = "torch transformers tokenizers trl peft accelerate datasets math_verify reasoning_gym rapidfuzz".split()
@@ -160,7 +162,7 @@ class Manifest:
         """What decides whether a stage has to run again."""
         stage, notebook = STAGES[name], NOTEBOOKS / f"{name}.ipynb"
         values = self.p.model_dump()
-        parameters = {section: values[section] for section in ("seed", "threads", "pair", "data", *stage.sections)}
+        parameters = {key: reduce(getitem, key.split("."), values) for key in settings(self.p, name)}
         # Figures are no artefact that another stage reads: a colour is not worth another training.
         roots = {module for module in modules.of_notebook(notebook) - RUNNER if not module.startswith("srlib.show")}
         code = self.code.used(roots, without="srlib.run")

@@ -44,7 +44,8 @@ def begin(stage: str, scope: dict[str, Any]) -> tuple[Params, Path]:
             notebook is at work there, or the models do not fit.
     """
     p = from_notebook(scope)
-    by_hand = locks.begin(p.run_dir, stage)
+    base = (ROOT / p.base.folder, p.base.stages) if p.base is not None else ()
+    by_hand = locks.begin(p.run_dir, stage, *base)
     require(p, stage)
     manifest = Manifest(p) if by_hand else None  # a run looks after its own
     if manifest:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,24 +24,53 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 @dataclass(frozen=True)
 class Stage:
-    """What a notebook depends on: sections of the params, and artefacts of earlier stages."""
+    """What a notebook depends on: the params it reads, and artefacts of earlier stages.
+
+    The first is all a notebook reads of them, and what it calls: a test looks through their code. The seed and
+    the number of threads count everywhere; where a run lies and what a machine has, nowhere.
+
+    Args:
+        settings: sections of the params, or single settings of some.
+        reads: names of artefacts.
+        sometimes: settings that are read only where the params say so.
+    """
 
     name: str
-    sections: tuple[str, ...]
+    settings: tuple[str, ...]
     reads: tuple[str, ...] = ()
+    sometimes: dict[str, Callable[[Params], object]] = field(default_factory=dict)
 
 
+PAIR = ("pair.small", "pair.big")
+TUNED = ("pair.small", "pair.tuned")
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("00_arith_pair", ("arith",)),
-        Stage("01_annotate", ("annotate",), ("pair", "traces")),
-        Stage("02_sft", ("sft", "offload"), ("pair", "annotated", "test")),
-        Stage("03_grpo", ("grpo", "latency", "offload"), ("pair", "adapter", "traces", "test")),
-        Stage("04_offload", ("offload",), ("pair", "adapter", "test")),
-        Stage("05_evaluate", ("offload", "evaluate"), ("pair", "adapter", "reinforced", "test")),
+        Stage("00_arith_pair", ("arith", *PAIR, "data.test")),
+        Stage(
+            "01_annotate",
+            ("annotate", *PAIR, "data.traces"),
+            ("pair", "traces"),
+            {"offload": lambda p: p.annotate.tries},
+        ),
+        Stage("02_sft", ("sft", "offload", *TUNED, "data.test"), ("pair", "annotated", "test")),
+        Stage(
+            "03_grpo",
+            ("grpo", "latency", "offload", *TUNED, "pair.big", "data.traces"),
+            ("pair", "adapter", "traces"),
+        ),
+        Stage("04_offload", ("offload", *TUNED, "pair.big", "data.test"), ("pair", "adapter", "test")),
+        Stage(
+            "05_evaluate",
+            ("offload", "evaluate", *TUNED, "pair.big", "data.test"),
+            ("pair", "adapter", "reinforced", "test"),
+        ),
         Stage("06_reward_ablation", (), ("sweep",)),
-        Stage("07_latency", ("offload", "latency", "bench"), ("pair", "adapter", "test", "results")),
+        Stage(
+            "07_latency",
+            ("offload", "latency", "bench", *TUNED, "pair.big", "data.test"),
+            ("pair", "adapter", "test", "results"),
+        ),
     )
 }
 MAKERS = {
@@ -56,6 +85,12 @@ MAKERS = {
 }
 # The policies of stage 05 that a trained model writes with; without them it is not needed.
 WRITTEN_WITH = {"adapter": {"learned", "learned_off", "rejection"}, "reinforced": {"grpo"}}
+
+
+def settings(p: Params, stage: str) -> list[str]:
+    """Sections and settings that a stage reads under these params, by their dotted names."""
+    declared = STAGES[stage]
+    return ["seed", "threads", *declared.settings, *(key for key, reads in declared.sometimes.items() if reads(p))]
 
 
 def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:

@@ -119,7 +119,7 @@ def combinations(chosen: Plan) -> tuple[Params, dict[int, Params], list[tuple[Co
     names = [key.rpartition(".")[2] for key in chosen.vary]
     names = names if len(set(names)) == len(names) else list(chosen.vary)
     changed = {*chosen.vary, *chosen.fix} - set(for_base)
-    own = _own(changed)
+    own = _own(changed, plain)
     shared = [name for name in stages.STAGES if name not in own]
     bases, runs = {}, []
     for seed in chosen.seeds:
@@ -296,13 +296,13 @@ def _run(p: Params, folder: Path, *options: str) -> str:
     return f"failed: {lines[0]} (all of it: {paths.here(folder / 'log.txt')})" if done.returncode else ""
 
 
-def _own(changed: set[str]) -> set[str]:
+def _own(changed: set[str], p: Params) -> set[str]:
     """Stages that a combination does itself: those `changed` touches, and all that read from them."""
-    everywhere = {key for key in changed if key.partition(".")[0] in ("seed", "threads", "pair", "data")}
     own: set[str] = set()
     for name, stage in stages.STAGES.items():
-        touched = any(key.partition(".")[0] in stage.sections for key in changed)
-        if everywhere or touched or own & {stages.MAKERS[artefact] for artefact in stage.reads}:
+        read = [f"{key}." for key in stages.settings(p, name)]
+        touched = any(f"{key}.".startswith(of) or of.startswith(f"{key}.") for key in changed for of in read)
+        if touched or own & {stages.MAKERS[artefact] for artefact in stage.reads}:
             own.add(name)
     return own | {"03_grpo", "05_evaluate"}
 
