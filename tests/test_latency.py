@@ -1,14 +1,18 @@
 """The latency model, the paper's formula, and the event simulation against the real controller."""
 
+from typing import get_args
+
 import pytest
 
 from srlib import SrlibError
-from srlib.cost import costs, latency, simulation
+from srlib.cost import costs, latency, planning, simulation
 from srlib.cost.costs import Cost
 from srlib.cost.jobs import BIG, SMALL, Job, Pipeline, Stretch, even
+from srlib.cost.shapes import KNOWN
 from srlib.decoding.policies import Always, Learned, Never, Random
 from srlib.decoding.scheduler import Offloader
 from srlib.params import Latency
+from srlib.params.stages import GpuName, ModelSize
 
 
 def table(big="32B", **changes):
@@ -206,6 +210,27 @@ def test_check_compares_prediction_and_clock(engines, prompts):
     for r in rows:  # of one repeat, all three are the same
         assert r["lowest"] == r["ratio"] == r["highest"] == pytest.approx(r["predicted_s"] / r["measured_s"])
         assert r["offload_share"] == 1 if r["policy"] == "big" else 0 < r["offload_share"] < 1
+
+
+def test_params_name_what_the_tables_have():
+    assert set(get_args(GpuName)) == set(costs.GPUS)
+    assert {size.lower() for size in get_args(ModelSize)} == set(KNOWN)
+    assert all(set(table) == set(get_args(ModelSize)) for table in latency.TABLES.values())
+    assert KNOWN["8b"].parameters == pytest.approx(8.03e9, rel=1e-3)
+    assert KNOWN["70b"].parameters == pytest.approx(70.55e9, rel=1e-3)
+
+
+def test_a_handover_slows_a_group_of_gpus_down():
+    quick, slow = (
+        planning.group("h100", "1.5B", "32B", planning.Load(0.2, 20_000, 2000, 100, seconds), 1, 1)
+        for seconds in (0.0, 1.0)
+    )
+    assert slow.latency_s > quick.latency_s + 2 and slow.per_s < quick.per_s
+    alone = [
+        planning.group("h100", "1.5B", "32B", planning.Load(0.2, 20_000, 2000, 100, seconds), 1, 0)
+        for seconds in (0.0, 1.0)
+    ]
+    assert alone[0] == alone[1]
 
 
 def test_errors():

@@ -238,6 +238,12 @@ def test_completions_of_two_codes_are_not_mixed(clone, tmp_path, engines):
     assert written() == 3
 
 
+def test_a_base_that_names_no_stage_is_refused(tmp_path):
+    base = {"folder": str(tmp_path / "other"), "stages": ["00_arith"]}
+    with pytest.raises(SrlibError, match="base.stages: unknown key '00_arith'; did you mean '00_arith_pair'"):
+        pipeline.run(params.load("params/smoke.yaml", outputs=str(tmp_path), base=base), dry=True)
+
+
 def test_a_folder_is_emptied_but_for_journals(tmp_path):
     for name in ("score-1.journal.jsonl", "annotated.jsonl", "completions/learned.jsonl", "written-2.journal.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

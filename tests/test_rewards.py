@@ -3,7 +3,6 @@ import math
 
 import pytest
 
-from srlib import SrlibError
 from srlib.cost import latency
 from srlib.cost.latency import PairSpeed, Speed
 from srlib.engine import Request

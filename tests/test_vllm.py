@@ -297,6 +297,15 @@ def test_settings_of_a_spec(folders, adapters):
         arguments(spec.model_copy(update={"quantization": "awq"}), folders[0], 8, None, cpu=False)
 
 
+def test_weights_say_how_they_are_quantised(tmp_path, pair):
+    config = pair[0].config.to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = ModelSpec(path=str(tmp_path), engine="vllm", quantization="gptq")
+    assert arguments(spec, spec.path, 8, None, cpu=False)["quantization"] is None  # vLLM finds it there
+    with pytest.raises(SrlibError, match="quantization is awq, but the weights of .* are quantised by gptq"):
+        arguments(spec.model_copy(update={"quantization": "awq"}), spec.path, 8, None, cpu=False)
+
+
 @needs_vllm
 def test_engine_arguments_are_vllms_own(folders):
     """vLLM checks them all, names of quantisations too, when it makes its configuration of them."""
@@ -381,6 +390,8 @@ def test_a_server_is_asked_and_counted(folders):
     server = StandIn(port)
     model = engine.load(spec, 2)
     assert model.context == 63 and model.running
+    for context, longest in ((20, 20), (200, 63)):  # of the two, the shorter
+        assert engine.load(spec.model_copy(update={"context": context}), 2).context == longest
     sequence = model.open([5, 6, 7, 8], Sampling(0.5, 0.9, 3, seed=4))
     (request,) = model.run(Request(sequence, [9, 10], max_new=9, stops=((4,), (2, 3))))
     assert request.ids == [1, 2, 3] and request.stopped == (2, 3) and sequence.ids == [5, 6, 7, 8, 9, 10, 1, 2, 3]

@@ -45,7 +45,10 @@ class Params(Section):
         Offload(), description="how two models write a trace, in every stage that has some written"
     )
     evaluate: Evaluate = Field(Evaluate(), description="05: which policies are measured, on how many problems")
-    bench: Bench = Field(Bench(), description="what `srlib bench` measures; its sizes are also those of 07's check")
+    bench: Bench = Field(
+        Bench(),
+        description="what `srlib bench` measures; repeats, max_tokens and random's share and chunk are 07's check's, too",
+    )
 
     @model_validator(mode="after")
     def _rollouts_can(self) -> Params:

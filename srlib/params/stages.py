@@ -390,7 +390,7 @@ class Evaluate(Section):
     )
     random_shares: list[float] = Field(
         [0.05, 0.1, 0.2, 0.4, 0.7],
-        description="random: probabilities with which the big model writes; a row for each, and one at learned's share",
+        description="random: probabilities with which the big model writes; a row for each, and one more at learned's share",
     )
     random_chunk: int = Field(
         4, ge=1, description="random, entropy: tokens the big model writes in a row (random: either)"
@@ -427,7 +427,7 @@ class Bench(Section):
         [1, 16, 64], min_length=1, description="as offload.batch_size, one after the other"
     )
     repeats: int = Field(3, ge=1, description="runs whose median is taken, after one to warm up")
-    max_tokens: int = Field(64, ge=2, description="most tokens of a trace")
+    max_tokens: int = Field(64, ge=2, description="most tokens of a trace (07: if offload has not fewer)")
     traces_per_slot: int = Field(2, ge=1, description="traces of a run, for each of the batch's places")
     min_traces: int = Field(16, ge=1, description="traces at least; of a few, random may give none to the big model")
     random_share: float = Field(0.05, gt=0, lt=1, description="probability with which random has the big model write")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import TypedDict
 
 from srlib import SrlibError
+from srlib.params.names import unknown
 
 if TYPE_CHECKING:
     from srlib.params.models import ModelSpec
@@ -100,8 +101,12 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
         made_now: stages that run before this one, whose artefacts need not be there yet.
 
     Raises:
-        SrlibError: something is missing or damaged; the sentence names it and the stage that makes it.
+        SrlibError: something is missing or damaged; the sentence names it and the stage that makes it. Or `base`
+            names no stage.
     """
+    for name in p.base.stages if p.base else ():
+        if name not in STAGES:
+            raise SrlibError(f"base.stages: {unknown(name, list(STAGES))}")
     for name in needed(p, stage):
         if MAKERS[name] not in made_now or artefacts(p)[name].given:
             require_artefact(p, name, stage)

@@ -7,8 +7,8 @@ import pytest
 from srlib.data.rows import Problem, write_jsonl
 from srlib.decoding.scheduler import Offloader
 from srlib.run import bench
-from tests.cells import run_cells
 from tests.purposes import Case, shows
+from tests.purposes.latency import against_the_clock
 
 
 def measured(case: Case, **settings: Any) -> tuple[list[dict[str, Any]], list[tuple[Offloader, int]]]:
@@ -52,6 +52,7 @@ def batches_one_after_the_other(case: Case) -> None:
 def rounds(case: Case) -> None:
     _, runs = measured(case, repeats=2)
     assert len(runs) == 3 * (1 + 2)  # of three policies, one to warm up
+    assert against_the_clock(case, {"bench.repeats": 2})[0][6] == 2
 
 
 @shows("bench.max_tokens")
@@ -59,6 +60,9 @@ def most_tokens_of_a_trace(case: Case) -> None:
     rows, runs = measured(case, max_tokens=3, traces_per_slot=4)
     assert {writer.max_tokens for writer, _ in runs} == {3}
     assert all(row["small_tokens"] + row.get("big_tokens", 0) <= 4 * 3 for row in rows)
+    for most in (3, 99):
+        settings = against_the_clock(case, {"bench.max_tokens": most, "offload.max_tokens": 48})[0][3]
+        assert settings["max_tokens"] == min(most, 48)
 
 
 @shows("bench.traces_per_slot")
@@ -79,4 +83,8 @@ def how_the_policies_write(case: Case) -> None:
     value = 0.6 if name == "random_share" else 3
     who, what = name.split("_")
     _, runs = measured(case, policies=["random", "speculative"], **{name: value})
-    assert getattr(policy(runs, who), what) == value if who == "random" else policy(runs, "speculative").draft == value
+    if who == "draft":
+        assert policy(runs, "speculative").draft == value
+    else:
+        assert getattr(policy(runs, "random"), what) == value
+        assert getattr(against_the_clock(case, {case.key: value})[0][4][-1], what) == value

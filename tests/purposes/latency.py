@@ -6,8 +6,10 @@ from unittest.mock import Mock
 
 import pytest
 
+from srlib import engine
 from srlib.cost import costs, latency, planning
 from srlib.cost.latency import TABLES, PairSpeed, Speed
+from srlib.data.rows import read_json
 from tests.cells import run_cells
 from tests.purposes import Case, shows
 
@@ -132,21 +134,23 @@ def how_many_gpus_are_planned_for(case: Case) -> None:
 
 @shows("latency.n_check")
 def problems_against_the_clock(case: Case) -> None:
-    from srlib import engine
-    from srlib.data.rows import read_json
+    (_, _, prompts, *_), rows = against_the_clock(case, {"latency.n_check": 5})
+    assert len(prompts) == 5 and rows == [{"ratio": 1.0}]
 
-    asked: list[Any] = []
 
-    def check(small: Any, big: Any, prompts: list[str], *how: Any) -> list[dict]:
-        asked.append(prompts)
+def against_the_clock(case: Case, changes: dict[str, Any]) -> tuple[tuple, list[dict[str, Any]]]:
+    """How notebook 07 has its predictions checked, and the rows it keeps of that."""
+    asked: list[tuple] = []
+
+    def check(*given: Any) -> list[dict]:
+        asked.append(given)
         return [{"ratio": 1.0}]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "load", lambda *_: SimpleNamespace(running=False))
         patch.setattr(latency, "check", check)
-        p = case.params({"latency.n_check": 5, "data.test": "arith"})
+        p = case.params({**changes, "data.test": "arith"})
         scope = {"p": p, "folder": case.folder, "latency": latency}
         exec("from srlib.show.tables import table", scope)
         run_cells("07_latency", scope, "latency.check(")
-    assert [len(prompts) for prompts in asked] == [5]
-    assert read_json(case.folder / "check.json", list) == [{"ratio": 1.0}]
+    return asked[0], read_json(case.folder / "check.json", list)

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -31,7 +30,10 @@ def spec(case: Case, value: Any, **others: Any) -> ModelSpec:
     """The model of the case as a run has it, with its setting at `value`."""
     _, side, setting = case.key.split(".")
     settings = {"path": case.fixture("folders")[side == "big"], **others, setting: value}
-    return getattr(case.params({f"pair.{side}.{name}": given for name, given in settings.items()}), side)
+    changes = {f"pair.{side}.{name}": given for name, given in settings.items()}
+    if side == "small":  # nothing is trained on it
+        changes["pair.tuned.path"] = settings["path"]
+    return getattr(case.params(changes), side)
 
 
 def adapter(case: Case) -> str:
