@@ -32,8 +32,8 @@ class ModelSpec(Section):
     engine: Literal["transformers", "vllm"] = Field("transformers", description="what the model runs on")
     url: Address | None = Field(
         None,
-        description="vllm: address of a running server, such as http://127.0.0.1:8000; the settings below then only "
-        "tell `plan` how it was started",
+        description="vllm: address of a running server, such as http://127.0.0.1:8000; the settings below, but "
+        "for context, then only tell `plan` how it was started",
     )
     process: bool = Field(
         False, description="transformers: in a process of its own, so that both models of a pair work at the same time"
