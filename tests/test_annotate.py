@@ -24,8 +24,9 @@ from tests.conftest import random_model
     st.floats(0.05, 1),
 )
 def test_choice_keeps_its_budgets(gaps, threshold, merge_gap, size, share):
-    config = Annotate(threshold=threshold, merge_gap=merge_gap, max_span_tokens=size, max_share=share)
+    config = Annotate(threshold=threshold, merge_gap=merge_gap, max_span_tokens=size, share=0.05, max_share=share)
     chosen = annotators.choose(gaps, config)
+    assert all(end - start <= size for start, end in chosen)
     marked = {i for start, end in chosen for i in range(start, end)}
     assert chosen == sorted(chosen)
     assert len(marked) == sum(end - start for start, end in chosen) <= share * len(gaps)
@@ -41,7 +42,7 @@ def test_choice_keeps_its_budgets(gaps, threshold, merge_gap, size, share):
 
 
 def test_choice_prefers_wide_gaps():
-    config = Annotate(threshold=0.5, max_share=0.2)
+    config = Annotate(threshold=0.5, share=0.2, max_share=0.2)
     assert annotators.choose([0.0, 1.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 2.0], config) == [(5, 6), (9, 10)]
 
 

@@ -38,7 +38,9 @@ def annotate(p, folder, asked):
     folder.mkdir(exist_ok=True)
     small, big = engine.load(p.small, 8), engine.load(p.big, 8)
     rows, _ = annotators.run(p, folder, asked, small, big)
-    beside = annotators.compare(p, folder, rows, small, big)
+    marked = annotators.compare(p, folder, rows, small, big)
+    assert len(marked["gap"]) == len(rows) and all(row in rows for row in marked["gap"])
+    beside = {name: sorted(of, key=lambda row: row.id) for name, of in marked.items() if name != "gap"}
     return rows, beside, (small.counters.forward_tokens, big.counters.forward_tokens)
 
 

@@ -26,8 +26,12 @@ async def gather(works: Iterable[Coroutine]) -> list:
     return [task.result() for task in tasks]
 
 
-def entropy(logprobs: Iterable[float]) -> float:
-    """In nats, of a distribution whose likeliest tokens are given; all others count as one."""
+def entropy(logprobs: Iterable[float], temperature: float = 1.0) -> float:
+    """In nats, of a distribution at temperature 1 whose likeliest tokens are given; all others count as one.
+
+    Args:
+        temperature: at which they are given.
+    """
     shares = [math.exp(x) for x in logprobs]
-    rest = max(0.0, 1.0 - sum(shares))
-    return -sum(p * math.log(p) for p in (*shares, rest) if p > 0)
+    weights = [p**temperature for p in (*shares, max(0.0, 1.0 - sum(shares)))]
+    return -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights if w > 0)
