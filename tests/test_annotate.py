@@ -6,13 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlib import SrlibError
+from srlib import SrlibError, params
 from srlib.annotation import alignment, annotators
 from srlib.data import arith, spans
 from srlib.data.rows import Problem
 from srlib.data.spans import Span
 from srlib.engine.transformers import TransformersEngine
-from srlib.params import Annotate, Arith
+from srlib.params import ROOT, Annotate, Arith
 from tests.conftest import random_model
 
 
@@ -80,6 +80,46 @@ def test_a_number_is_marked_as_a_whole(tokenizer):
     assert annotators.choose(gaps, Annotate(threshold=1), whole) == [whole[2]]
     # tokens of several characters, one of them on both sides of a number's end
     assert alignment.units("a12b", [(0, 2), (2, 4)]) == [(0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"annotate.tries": 2, "offload.top_k": 1}, "annotate.tries is 2, but at offload.top_k 1 all of them are the"),
+        ({"annotate.tries": 2, "annotate.temperature": 0}, "tries is 2, but at temperature 0 all of them are the same"),
+        ({"evaluate.samples_per_problem": 4}, "samples_per_problem is 4, but at offload.temperature 0 all of them are"),
+        (
+            {"evaluate.samples_per_problem": 4, "offload.temperature": 1, "offload.top_k": 1},
+            "samples_per_problem is 4, but at offload.top_k 1 all of them are the same",
+        ),
+        ({"annotate.method": "random", "annotate.share": 0.5}, "share 0.5 is above max_share 0.3, and random may not"),
+        (
+            {"annotate.method": "judge", "annotate.judge.model": "x", "annotate.share": 0.5, "annotate.compare": []},
+            "share 0.5 is above max_share 0.3, and judge may not mark it",
+        ),
+        (
+            {"annotate.judge.local.path": "x", "annotate.judge.temperatures": [0, 0]},
+            "temperatures holds 0 more than once, where a model here writes the same answer again",
+        ),
+    ],
+)
+def test_what_would_do_nothing_is_refused(given, reason):
+    with pytest.raises(SrlibError, match=reason):
+        params.load("params/smoke.yaml", **given)
+
+
+def test_what_draws_is_let_in():
+    one = {"annotate.tries": 1, "offload.top_k": 1}
+    four = {"evaluate.samples_per_problem": 4}
+    for given in (one, four | {"offload.temperature": 0.6}, four | {"evaluate.protocol": "published"}):
+        params.load("params/smoke.yaml", **given)
+    params.load("params/smoke.yaml", **{"annotate.compare": ["entropy"], "annotate.share": 0.5})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_big_model_may_write_what_the_small_one_is_taught_to_ask_for(path):
+    p = params.load(path)
+    assert "01_annotate" in p.left_out or p.annotate.max_span_tokens <= p.offload.span_budget
 
 
 def test_gap_needs_traces_and_one_vocabulary(engines):

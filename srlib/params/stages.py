@@ -160,6 +160,8 @@ class Judge(Section):
             raise ValueError(f"extra_body holds {sorted(taken)[0]}, which the other settings and the reader decide")
         if self.local is not None and (self.batch or self.extra_body or None in self.temperatures):
             raise ValueError("batch, extra_body and a temperature of null need a server, and local is a model here")
+        if self.local is not None and self.temperatures.count(0) > 1 and self.max_tokens_retry is None:
+            raise ValueError("temperatures holds 0 more than once, where a model here writes the same answer again")
         return self
 
 
