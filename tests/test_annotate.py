@@ -11,7 +11,9 @@ from srlib.annotation import alignment, annotators
 from srlib.data import arith, spans
 from srlib.data.rows import Problem
 from srlib.data.spans import Span
+from srlib.engine.protocol import Request, Sampling
 from srlib.engine.transformers import TransformersEngine
+from srlib.engine.vllm import pieces
 from srlib.params import ROOT, Annotate, Arith
 from tests.conftest import random_model
 
@@ -111,8 +113,8 @@ def test_what_would_do_nothing_is_refused(given, reason):
 def test_what_draws_is_let_in():
     one = {"annotate.tries": 1, "offload.top_k": 1}
     four = {"evaluate.samples_per_problem": 4}
-    for given in (one, four | {"offload.temperature": 0.6}, four | {"evaluate.protocol": "published"}):
-        params.load("params/smoke.yaml", **given)
+    for sets in (one, four | {"offload.temperature": 0.6}, four | {"evaluate.protocol": "published"}):
+        params.load("params/smoke.yaml", **sets)
     params.load("params/smoke.yaml", **{"annotate.compare": ["entropy"], "annotate.share": 0.5})
 
 
@@ -120,6 +122,23 @@ def test_what_draws_is_let_in():
 def test_the_big_model_may_write_what_the_small_one_is_taught_to_ask_for(path):
     p = params.load(path)
     assert "01_annotate" in p.left_out or p.annotate.max_span_tokens <= p.offload.span_budget
+
+
+def test_an_entropy_is_the_same_number_where_a_model_reads_and_where_it_writes(engines, prompts):
+    small, _ = engines
+    for sampling in (Sampling(), Sampling(0.3), Sampling(3.0, top_k=2, seed=1)):
+        for ids in prompts[:4]:
+            [*_, exact] = small.entropies([[*ids, 0]])[0]
+            for limit, unsure in ((exact - 1e-3, True), (exact + 1e-3, False)):
+                sequence = small.open(ids, sampling)
+                (request,) = small.run(Request(sequence, max_new=1, max_entropy=limit))
+                assert request.unsure == unsure
+                small.close(sequence)
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    own = torch.special.entr(logits.softmax(-1)).sum().item()
+    for temperature in (0.3, 1.0, 2.5):  # as vLLM gives them
+        logprobs = (logits / temperature).log_softmax(-1).tolist()
+        assert pieces.entropy(logprobs, temperature) == pytest.approx(own)
 
 
 def test_gap_needs_traces_and_one_vocabulary(engines):

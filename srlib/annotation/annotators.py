@@ -98,7 +98,7 @@ def compare(
     """
     config, tokenizer = p.annotate, small.tokenizer if small else load_tokenizer(p.small)
     some = random_numbers.Random(p.seed).sample(rows, min(config.n_compare, len(rows)))
-    marked = {config.method: some}
+    marked: dict[str, list[Annotated]] = {config.method: some}
     for name in config.compare:
         if name != config.method:
             made = _annotator(p, folder, name, tokenizer, small, big)(some)
@@ -354,7 +354,7 @@ def _row(
 
 
 def _of_passages(
-    problem: Problem, marked: list[Span], config: Annotate, tokenizer: PreTrainedTokenizerBase, name: str
+    problem: Problem | Annotated, marked: list[Span], config: Annotate, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> Annotated | str:
     """The row for passages, in characters, or why there is none."""
     offsets = _encoded(tokenizer, problem)["offset_mapping"]

@@ -60,7 +60,9 @@ class Params(Section):
     def _draws_differ(self) -> Params:
         o, e = self.offload, self.evaluate
         if self.annotate.tries > 1 and o.top_k == 1:
-            raise ValueError(f"annotate.tries is {self.annotate.tries}, but at offload.top_k 1 all of them are the same")
+            raise ValueError(
+                f"annotate.tries is {self.annotate.tries}, but at offload.top_k 1 all of them are the same"
+            )
         if e.protocol == "own" and e.samples_per_problem > 1 and (o.temperature == 0 or o.top_k == 1):
             why = "offload.temperature 0" if o.temperature == 0 else "offload.top_k 1"
             raise ValueError(

@@ -40,7 +40,9 @@ class Arith(Section):
     min_steps: int = Field(3, ge=1, le=20, description="fewest operations of a problem")
     max_steps: int = Field(5, ge=1, le=20, description="most operations of a problem")
     product_share: float = Field(0.4, ge=0, le=1, description="probability that an operation is a product")
-    max_factor: int = Field(15, ge=2, le=99, description="largest number that a result is multiplied by, which itself is below 100")
+    max_factor: int = Field(
+        15, ge=2, le=99, description="largest factor on the right of a product; on the left is a result, below 100"
+    )
     n_traces: int = Field(4000, ge=1, description="worked traces written for annotation")
     n_test: int = Field(1000, ge=1, description="unseen problems written for evaluation")
     batch_size: int = Field(32, ge=1, description="problems of a training step")
@@ -160,6 +162,8 @@ class Judge(Section):
             raise ValueError(f"extra_body holds {sorted(taken)[0]}, which the other settings and the reader decide")
         if self.local is not None and (self.batch or self.extra_body or None in self.temperatures):
             raise ValueError("batch, extra_body and a temperature of null need a server, and local is a model here")
+        if self.local is not None and (self.model or self.base_url):
+            raise ValueError("model and base_url name a server, and local a model here; leave one away")
         if self.local is not None and self.temperatures.count(0) > 1 and self.max_tokens_retry is None:
             raise ValueError("temperatures holds 0 more than once, where a model here writes the same answer again")
         return self
@@ -185,7 +189,9 @@ class Annotate(Section):
     )
     merge_gap: int = Field(0, ge=0, description="marks this many tokens apart, or fewer, become one span")
     max_span_tokens: int = Field(
-        16, ge=1, description="longest span; a longer one is cut into spans that touch. offload.span_budget should hold it"
+        8,
+        ge=1,
+        description="longest span; a longer one is cut into spans that touch. offload.span_budget should hold it",
     )
     max_share: float = Field(0.3, gt=0, le=1, description="most of a trace that may be marked, in tokens")
     min_score: float = Field(0.85, gt=0.5, le=1, description="likeness from which a passage is what a judge quotes")
@@ -198,8 +204,9 @@ class Annotate(Section):
 
     @model_validator(mode="after")
     def _someone_to_ask(self) -> Annotate:
-        if self.method == "judge" and not self.judge.model and self.judge.local is None:
-            raise ValueError("method judge needs judge.model, the name of a server's model, or judge.local")
+        local = self.judge.local
+        if self.method == "judge" and not self.judge.model and (local is None or local.path is None):
+            raise ValueError("method judge needs judge.model, the name of a server's model, or judge.local.path")
         if self.tries > 1 and not self.temperature:
             raise ValueError(f"tries is {self.tries}, but at temperature 0 all of them are the same")
         asks = {"judge", "random"} & {self.method, *self.compare}
@@ -327,7 +334,7 @@ class Offload(Section):
 
     max_tokens: int = Field(96, ge=1, description="most tokens of one trace, tags included")
     span_budget: int = Field(
-        16, ge=1, description="most tokens the big model writes in one span; see annotate.max_span_tokens"
+        8, ge=1, description="most tokens the big model writes in one span, as annotate.max_span_tokens or more"
     )
     batch_size: int = Field(64, ge=1, description="most traces that one model is asked for at a time")
     temperature: float = Field(0.0, ge=0, description="of both models; 0: always the likeliest token")

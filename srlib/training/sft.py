@@ -36,9 +36,7 @@ def example(tokenizer: PreTrainedTokenizerBase, row: Annotated, hint: str = "") 
     return {"input_ids": prompt + completion, "labels": [LABEL_IGNORED] * len(prompt) + completion}
 
 
-def train(
-    small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folder: Path, hint: str = ""
-) -> list[dict]:
+def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folder: Path, hint: str = "") -> list[dict]:
     """Fine-tune `small` on annotated traces; adapter and tokenizer go to `folder/adapter`.
 
     Returns:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Coroutine, Iterable
 from typing import NamedTuple
 
+ROUNDING = 1e-6  # of a sum of probabilities
+
 
 class Piece(NamedTuple):
     """Some tokens of an answer, as they come."""
@@ -33,5 +35,9 @@ def entropy(logprobs: Iterable[float], temperature: float = 1.0) -> float:
         temperature: at which they are given.
     """
     shares = [math.exp(x) for x in logprobs]
-    weights = [p**temperature for p in (*shares, max(0.0, 1.0 - sum(shares)))]
-    return -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights if w > 0)
+    rest = 1.0 - sum(shares)
+    if rest > ROUNDING:
+        shares.append(rest)
+    weights = [p**temperature for p in shares]
+    total = sum(weights)
+    return -sum(w / total * math.log(w / total) for w in weights if w > 0)
