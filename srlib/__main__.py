@@ -152,6 +152,13 @@ def _plan(chosen: Namespace) -> int:
     return 0 if all_fit else 1
 
 
+def _rehearse(chosen: Namespace) -> int:
+    p = _params(chosen)
+    from srlib.run import rehearse
+
+    return rehearse.run(p, chosen.params)
+
+
 def _settings(chosen: Namespace) -> int:
     from srlib.params import reference
 
@@ -178,6 +185,7 @@ COMMANDS = {
     "compare": Command("compare two runs, paired by problem", _for_compare, _compare),
     "bench": Command("measure every policy's speed against what the models do alone", _on_a_file, _bench),
     "plan": Command("say what each stage needs in memory, and whether it fits", _on_a_file, _plan),
+    "rehearse": Command("run every stage with tiny twins of the models, on this machine", _on_a_file, _rehearse),
     "params": Command("list every setting of a params file: default, limits, what it is", _for_params, _settings),
 }
 

@@ -6,13 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlib import SrlibError
+from srlib import SrlibError, params
 from srlib.annotation import alignment, annotators
 from srlib.data import arith, spans
 from srlib.data.rows import Problem
 from srlib.data.spans import Span
+from srlib.engine.protocol import Request, Sampling
 from srlib.engine.transformers import TransformersEngine
-from srlib.params import Annotate, Arith
+from srlib.engine.vllm import pieces
+from srlib.params import ROOT, Annotate, Arith
 from tests.conftest import random_model
 
 
@@ -24,8 +26,9 @@ from tests.conftest import random_model
     st.floats(0.05, 1),
 )
 def test_choice_keeps_its_budgets(gaps, threshold, merge_gap, size, share):
-    config = Annotate(threshold=threshold, merge_gap=merge_gap, max_span_tokens=size, max_share=share)
+    config = Annotate(threshold=threshold, merge_gap=merge_gap, max_span_tokens=size, share=0.05, max_share=share)
     chosen = annotators.choose(gaps, config)
+    assert all(end - start <= size for start, end in chosen)
     marked = {i for start, end in chosen for i in range(start, end)}
     assert chosen == sorted(chosen)
     assert len(marked) == sum(end - start for start, end in chosen) <= share * len(gaps)
@@ -41,7 +44,7 @@ def test_choice_keeps_its_budgets(gaps, threshold, merge_gap, size, share):
 
 
 def test_choice_prefers_wide_gaps():
-    config = Annotate(threshold=0.5, max_share=0.2)
+    config = Annotate(threshold=0.5, share=0.2, max_share=0.2)
     assert annotators.choose([0.0, 1.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 2.0], config) == [(5, 6), (9, 10)]
 
 
@@ -79,6 +82,63 @@ def test_a_number_is_marked_as_a_whole(tokenizer):
     assert annotators.choose(gaps, Annotate(threshold=1), whole) == [whole[2]]
     # tokens of several characters, one of them on both sides of a number's end
     assert alignment.units("a12b", [(0, 2), (2, 4)]) == [(0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"annotate.tries": 2, "offload.top_k": 1}, "annotate.tries is 2, but at offload.top_k 1 all of them are the"),
+        ({"annotate.tries": 2, "annotate.temperature": 0}, "tries is 2, but at temperature 0 all of them are the same"),
+        ({"evaluate.samples_per_problem": 4}, "samples_per_problem is 4, but at offload.temperature 0 all of them are"),
+        (
+            {"evaluate.samples_per_problem": 4, "offload.temperature": 1, "offload.top_k": 1},
+            "samples_per_problem is 4, but at offload.top_k 1 all of them are the same",
+        ),
+        ({"annotate.method": "random", "annotate.share": 0.5}, "share 0.5 is above max_share 0.3, and random may not"),
+        (
+            {"annotate.method": "judge", "annotate.judge.model": "x", "annotate.share": 0.5, "annotate.compare": []},
+            "share 0.5 is above max_share 0.3, and judge may not mark it",
+        ),
+        (
+            {"annotate.judge.local.path": "x", "annotate.judge.temperatures": [0, 0]},
+            "temperatures holds 0 more than once, where a model here writes the same answer again",
+        ),
+    ],
+)
+def test_what_would_do_nothing_is_refused(given, reason):
+    with pytest.raises(SrlibError, match=reason):
+        params.load("params/smoke.yaml", **given)
+
+
+def test_what_draws_is_let_in():
+    one = {"annotate.tries": 1, "offload.top_k": 1}
+    four = {"evaluate.samples_per_problem": 4}
+    for sets in (one, four | {"offload.temperature": 0.6}, four | {"evaluate.protocol": "published"}):
+        params.load("params/smoke.yaml", **sets)
+    params.load("params/smoke.yaml", **{"annotate.compare": ["entropy"], "annotate.share": 0.5})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_big_model_may_write_what_the_small_one_is_taught_to_ask_for(path):
+    p = params.load(path)
+    assert "01_annotate" in p.left_out or p.annotate.max_span_tokens <= p.offload.span_budget
+
+
+def test_an_entropy_is_the_same_number_where_a_model_reads_and_where_it_writes(engines, prompts):
+    small, _ = engines
+    for sampling in (Sampling(), Sampling(0.3), Sampling(3.0, top_k=2, seed=1)):
+        for ids in prompts[:4]:
+            [*_, exact] = small.entropies([[*ids, 0]])[0]
+            for limit, unsure in ((exact - 1e-3, True), (exact + 1e-3, False)):
+                sequence = small.open(ids, sampling)
+                (request,) = small.run(Request(sequence, max_new=1, max_entropy=limit))
+                assert request.unsure == unsure
+                small.close(sequence)
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    own = torch.special.entr(logits.softmax(-1)).sum().item()
+    for temperature in (0.3, 1.0, 2.5):  # as vLLM gives them
+        logprobs = (logits / temperature).log_softmax(-1).tolist()
+        assert pieces.entropy(logprobs, temperature) == pytest.approx(own)
 
 
 def test_gap_needs_traces_and_one_vocabulary(engines):

@@ -233,3 +233,18 @@ def test_an_answer_of_a_local_model_that_is_cut(tokenizer):
     local = judge.Local(config.judge, TransformersEngine(model, tokenizer, slots=1), 1)
     (verdict,) = local.judge(asked, config)
     assert verdict.reason == "cut at 32 tokens" and verdict.usage.completion_tokens == 16 + 32
+
+
+def test_a_local_model_that_is_asked_again_draws_anew(tokenizer, monkeypatch):
+    model = random_model(len(tokenizer), 0, context=4096)
+    asked = [Problem(id="a", prompt="1+1?", answer="2", trace="1+1=2;")]
+    config = settings(None, max_tokens=16, temperatures=[1.0, 1.0, 1.0])
+    written = []
+
+    def judged(verdict, answer, config):
+        written.append(answer.text)
+        verdict.reason = "bad"
+
+    monkeypatch.setattr(judge, "judged", judged)
+    list(judge.Local(config.judge, TransformersEngine(model, tokenizer, slots=1), 1).judge(asked, config))
+    assert len(set(written)) == len(written) == 3

@@ -92,6 +92,51 @@ def test_procedural_sets():
     assert len(arith) == 7 and all(p.prompt.endswith("?") and "operations" in p.meta for p in arith)
 
 
+def test_the_set_arith_is_that_of_the_section():
+    given = {"data.test": "arith", "data.traces": "arith", "arith.min_steps": 6, "arith.max_steps": 6}
+    p = params.load("params/cpu.yaml", **given)
+    test, traces = problems.load(p.test, 20), problems.load(p.traces, 20)
+    assert {x.meta["steps"] for x in test + traces} == {6}
+    assert {x.id.partition("-")[0] for x in test} == {"test"} and {x.id.partition("-")[0] for x in traces} == {"traces"}
+    train = params.load("params/cpu.yaml", **{"data.test": {"path": "arith", "split": "train"}})
+    assert problems.load(train.test, 1)[0].id == "train-0"
+    with pytest.raises(SrlibError, match="arith has no split 'dev', but train, traces, test"):
+        problems.load(Source(path="arith", split="dev"), 1)
+
+
+def test_a_part_of_a_source_acts_or_is_refused(monkeypatch, tmp_path):
+    asked = []
+
+    def hub(path, config, split, streaming):
+        asked.append((path, config, split))
+        return [{"Question": "?", "Correct Answer": "1", **{f"Incorrect Answer {i}": "2" for i in (1, 2, 3)}}]
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    for source in (
+        {"path": "gpqa_diamond"},
+        {"path": "gpqa_diamond", "split": "dev"},
+        {"path": "gpqa_diamond", "config": "gpqa_main"},
+    ):
+        problems.load(Source(**source))
+    assert asked == [
+        ("Idavidrein/gpqa", "gpqa_diamond", "train"),
+        ("Idavidrein/gpqa", "gpqa_diamond", "dev"),
+        ("Idavidrein/gpqa", "gpqa_main", "train"),
+    ]
+    path = str(tmp_path / "x.jsonl")
+    for source, reason in (
+        ({"path": path, "split": "test"}, "x.jsonl is no data set on the hub, and has no split 'test': leave it away"),
+        ({"path": path, "config": "main"}, "x.jsonl is no data set on the hub, and has no config 'main'"),
+        ({"path": f"gsm8k:{path}", "split": "test"}, "x.jsonl is no data set on the hub, and has no split 'test'"),
+        ({"path": "reasoning_gym:chain_sum", "split": "test"}, "chain_sum is no data set on the hub, and has no split"),
+        ({"path": "arith", "config": "main"}, "arith is no data set on the hub, and has no config 'main'"),
+        ({"path": "aime24", "columns": {"prompt": "q"}}, "aime24 is a named set, which has columns of its own: leave"),
+        ({"path": f"gsm8k:{path}", "columns": {"prompt": "q"}}, "x.jsonl is a named set, which has columns of its own"),
+    ):
+        with pytest.raises(SrlibError, match=reason):
+            problems.load(Source(**source))
+
+
 def test_where_many_answers_are_right_the_verifier_decides():
     (problem,) = problems.load("reasoning_gym:countdown", 1, seed=3)
     numbers = problem.meta["reasoning_gym"]["metadata"]["numbers"]
@@ -108,9 +153,9 @@ def test_protocols():
     own = load()
     assert (own.offload.max_tokens, own.samples, own.n_problems) == (8192, 4, 30)
     for name, samples in (("aime24", 64), ("math500", 4), ("gpqa_diamond", 8)):
-        full = load(data__test=name, evaluate__protocol="published")
+        full = load(data__test=name, evaluate__protocol="published", offload__top_k=5)
         o = full.offload
-        assert (o.temperature, o.top_p, o.max_tokens) == (0.6, 0.95, 32_768)
+        assert (o.temperature, o.top_p, o.top_k, o.max_tokens) == (0.6, 0.95, 0, 32_768)
         assert (full.samples, full.n_problems) == (samples, None)
     quick = load(data__test="math500", evaluate__protocol="quick")
     assert (quick.offload.max_tokens, quick.samples, quick.n_problems) == (4096, 1, 50)

@@ -8,7 +8,7 @@ from srlib import engine, params
 from srlib.annotation import annotators, readings, traces
 from srlib.data import arith
 from srlib.data.rows import write_jsonl
-from srlib.params import Arith, Data
+from srlib.params import Arith, Data, Offload
 from tests.conftest import random_model
 
 
@@ -38,7 +38,9 @@ def annotate(p, folder, asked):
     folder.mkdir(exist_ok=True)
     small, big = engine.load(p.small, 8), engine.load(p.big, 8)
     rows, _ = annotators.run(p, folder, asked, small, big)
-    beside = annotators.compare(p, folder, rows, small, big)
+    marked = annotators.compare(p, folder, rows, small, big)
+    assert len(marked["gap"]) == len(rows) and all(row in rows for row in marked["gap"])
+    beside = {name: sorted(of, key=lambda row: row.id) for name, of in marked.items() if name != "gap"}
     return rows, beside, (small.counters.forward_tokens, big.counters.forward_tokens)
 
 
@@ -87,6 +89,19 @@ def test_other_code_and_other_ids_are_not_met(models, asked, tmp_path, monkeypat
     small = engine.load(p.small, 8)
     [one], [other] = (readings.passages([x], small.tokenizer) for x in (asked[0], asked[1]))
     assert one.key != other.key != readings.Passage(other.ids, other.prompt - 1).key
+
+
+def test_a_trace_is_read_behind_the_hint_that_is_written_with(models, asked, tokenizer, tmp_path):
+    total, hint = size(asked, tokenizer), "=?"
+    first, beside, _ = annotate(settings(models), tmp_path / "a", asked)
+    hinted = settings(models).model_copy(update={"offload": Offload(hint=hint)})
+    rows, others, read = annotate(hinted, tmp_path / "a", asked)
+    assert read == (2 * (total + 12 * len(hint)), total + 12 * len(hint))  # all of it is read anew
+    assert rows != first and others["entropy"] != beside["entropy"]
+    assert [row.prompt for row in rows] == [row.prompt for row in first]  # which stand without it
+    small, big = engine.load(hinted.small, 8), engine.load(hinted.big, 8)
+    asked_with = asked[0].model_copy(update={"prompt": asked[0].prompt + hint})
+    assert annotators.by_token(small, big, asked[0], hint) == annotators.by_token(small, big, asked_with)
 
 
 def test_a_run_that_is_killed_goes_on(models, asked, tokenizer, tmp_path):

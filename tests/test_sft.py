@@ -46,6 +46,9 @@ def saved(tmp_path):
 def test_loss_is_on_the_completion_alone(tokenizer):
     row = annotated(1)[0]
     example = sft.example(tokenizer, row)
+    hinted = sft.example(tokenizer, row, "=?")
+    prompt = tokenizer.encode(row.prompt)
+    assert hinted["input_ids"] == prompt + tokenizer.encode("=?") + example["input_ids"][len(prompt) :]
     prompt = len(tokenizer.encode(row.prompt))
     assert example["labels"][:prompt] == [-100] * prompt
     assert example["labels"][prompt:] == example["input_ids"][prompt:]

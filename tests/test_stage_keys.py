@@ -11,7 +11,7 @@ from types import FunctionType
 import pytest
 
 from srlib.params import Params, load
-from srlib.run import sweep
+from srlib.run import pipeline, sweep
 from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, settings
 
 # Where runs lie, and what a machine has; nothing that a stage makes depends on it.
@@ -150,3 +150,14 @@ def test_a_sweep_does_again_what_a_setting_touches(changed, first):
     own = sweep._own({changed}, load("params/smoke.yaml"))
     assert min(own, key=names.index) == first
     assert ("04_offload" in own) == (first != "03_grpo")
+
+
+def test_what_is_given_in_place_of_the_first_stage():
+    """Of a tuned model only 04, 05 and 07 are left, which read no traces; nobody makes an arithmetic pair for them."""
+    pair = {side: {"path": f"some/{side}"} for side in ("small", "big")}
+    tuned = load("params/smoke.yaml", **{"pair": {**pair, "tuned": {"path": "some/tuned"}}, "data.test": "test.jsonl"})
+    assert pipeline.choose(tuned) == ["04_offload", "05_evaluate", "07_latency"]
+    untuned = load("params/smoke.yaml", **{"pair": pair, "data.test": "test.jsonl"})
+    assert pipeline.choose(untuned)[:2] == ["00_arith_pair", "01_annotate"]  # which writes the traces
+    assert pipeline.choose(untuned, until="00_arith_pair") == ["00_arith_pair"]
+    assert "00_arith_pair" not in pipeline.choose(load("params/gpu24.yaml"))

@@ -1,16 +1,22 @@
 """Where worked traces come from, and the annotators that need no second opinion."""
 
+from itertools import islice
+from math import ceil, floor
+from statistics import fmean
+
 import pytest
 import torch
 
 from srlib import SrlibError
 from srlib.annotation import agreement, annotators, traces
-from srlib.data import spans
+from srlib.annotation.alignment import cover, units
+from srlib.data import arith, spans
 from srlib.data.journal import Journal
 from srlib.data.rows import Annotated, Problem, write_jsonl
 from srlib.data.spans import Span
 from srlib.engine import transformers
-from srlib.params import Annotate, Offload, Params
+from srlib.params import Annotate, Arith, Offload, Params
+from tests.test_translate import bytelevel, without, wrap
 
 
 def test_the_first_right_generation_is_taken_and_the_rest_is_counted(tmp_path):
@@ -47,7 +53,7 @@ def test_tags_that_a_set_has_either_way_they_close(tokenizer):
         "none": "1+2=3;",
     }
     asked = [Problem(id=name, prompt="?", answer="0", trace=text) for name, text in texts.items()]
-    good, *bad = annotators.given(asked, tokenizer)
+    good, *bad = annotators.given(asked, Annotate(method="given"), tokenizer)
     assert good.trace == "1+2=3;3*4=12;" and good.spans == [Span(4, 5), Span(10, 12)]
     assert good.tagged.count(spans.CLOSE) == 2 and good.share == pytest.approx(3 / 13)
     assert bad == ["tags are unclosed", "tags are stray", "no span is marked"]
@@ -60,13 +66,14 @@ def test_the_controls(engines, pair, tokenizer):
     drawn = list(annotators.random(asked, config, tokenizer, seed=1))
     assert drawn == list(annotators.random(asked, config, tokenizer, seed=1))
     assert drawn != list(annotators.random(asked, config, tokenizer, seed=2))
-    for row in drawn:  # what was asked for, and the rest of the numbers that are marked as a whole
-        wanted, marked = int(0.2 * len(row.trace)), {i for span in row.spans for i in range(*span)}
-        rest = sum(i - 1 in marked and row.trace[i - 1 : i + 1].isdigit() for i in marked)
-        assert len(marked) - rest <= wanted <= len(marked) == round(row.share * len(row.trace))
+    for row in drawn:
+        marked = {i for span in row.spans for i in range(*span)}
+        assert len(marked) == round(row.share * len(row.trace))
+        for i in range(1, len(row.trace)):  # a number is marked as a whole
+            assert not row.trace[i - 1 : i + 1].isdigit() or (i in marked) == (i - 1 in marked)
     words = [x.model_copy(update={"trace": "so a(b)=c;" * 9 + "e" * i}) for i, x in enumerate(asked)]
-    for row in annotators.random(words, config, tokenizer, seed=1):
-        assert row.share == int(0.2 * len(row.trace)) / len(row.trace)  # without numbers exactly that
+    for row in annotators.random(words, config, tokenizer, seed=1):  # the next token by lot
+        assert row.share * len(row.trace) in (floor(0.2 * len(row.trace)), ceil(0.2 * len(row.trace)))
     unsure = list(annotators.entropy(small, asked[:3], config))
     assert all(row.spans for row in unsure)
     for row in unsure:
@@ -79,6 +86,51 @@ def test_the_controls(engines, pair, tokenizer):
         for i in marked:  # itself unsure, or a digit of a number that is
             near = [j for j in range(i - 1, i + 2) if 0 <= j < len(exact) and (j == i or row.trace[j].isdigit())]
             assert max(exact[j] for j in near) > config.threshold
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer of pieces of words, and of bytes where it knows none."""
+    return wrap(bytelevel(without(set())))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.3, 0.5])
+@pytest.mark.parametrize("settings", [{}, {"max_span_tokens": 3, "merge_gap": 6}], ids=["", "near ones joined"])
+def test_random_marks_the_share_that_is_asked_for(tokenizer, words, r1_traces, share, settings):
+    config = Annotate(method="random", share=share, max_share=max(share, 0.3), **settings)
+    short = list(islice(arith.generate(Arith(), "traces", 0), 400))
+    long = [Problem(id=str(i), prompt="?", answer="0", trace=text) for i, text in enumerate(r1_traces)]
+    for problems, encode in ((short, tokenizer), (long, words)):
+        rows = list(annotators.random(problems, config, encode))
+        assert fmean(row.share for row in rows) == pytest.approx(share, rel=0.05)
+        for row in rows:
+            offsets = encode(row.trace, return_offsets_mapping=True)["offset_mapping"]
+            lengths = [b - a for a, b in (cover(span, offsets) for span in row.spans)]
+            assert max(lengths, default=0) <= config.max_span_tokens
+            assert sum(lengths) == pytest.approx(row.share * len(offsets))
+            whole = [b - a for a, b in units(row.trace, offsets)]
+            assert sum(lengths) < share * len(offsets) + max(whole, default=1)
+
+
+def test_a_passage_longer_than_a_span_may_be_is_cut_into_some_that_touch(tokenizer):
+    text = "<think>1+2=<bigmodel>3;3*45=135;</bigmodel>135-1=134;</think>"
+    (row,) = annotators.given(
+        [Problem(id="a", prompt="?", answer="0", trace=text)],
+        Annotate(method="given", max_span_tokens=4, max_share=0.6),
+        tokenizer,
+    )
+    assert row.tagged == (
+        "<think>1+2=<bigmodel>3;3*</bigmodel><bigmodel>45=</bigmodel><bigmodel>135;</bigmodel>135-1=134;</think>"
+    )
+    assert spans.parse(row.tagged) == row.spans and not spans.faults(row.tagged)
+    ids = tokenizer.encode(row.tagged, add_special_tokens=False)
+    tags = spans.Tags.of(tokenizer)
+    assert [b - a for a, b in spans.parse(ids, tags)] == [4, 3, 4] and not spans.faults(ids, tags)
+    (few,) = annotators.given(
+        [Problem(id="a", prompt="?", answer="0", trace=text)], Annotate(method="given", max_span_tokens=2), tokenizer
+    )
+    assert max(b - a for a, b in few.spans) == 2  # the longest number is cut, too
+    assert few.share <= 0.3  # what is more than may be marked is left out
 
 
 def test_agreement_on_a_case_worked_by_hand(tokenizer):

@@ -78,7 +78,7 @@ def why(snippet: str) -> str:
 
 
 def units(text: str, offsets: Sequence[tuple[int, int]]) -> list[Span]:
-    """The numbers and LaTeX commands of `text` as spans of tokens.
+    """The numbers and LaTeX commands of `text`, and characters of several tokens, as spans of tokens.
 
     To hand over within a number would ask the small model for its last digits, which it can
     know as little as the first.
@@ -87,6 +87,7 @@ def units(text: str, offsets: Sequence[tuple[int, int]]) -> list[Span]:
         offsets: characters of each token, in order.
     """
     covered = [cover(unit, offsets) for unit in _units(text)]
+    covered += [Span(i, i + 2) for i, (a, b) in enumerate(zip(offsets, offsets[1:])) if b[0] < a[1]]
     return spans.merge([span for span in covered if span.end > span.start], gap=-1)  # two that share a token are one
 
 

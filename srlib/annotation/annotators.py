@@ -86,17 +86,24 @@ FOUND = ("word for word", "but for case and spaces", "by likeness")
 def compare(
     p: Params,
     folder: Path,
-    asked: Sequence[Problem | Annotated],
+    rows: Sequence[Annotated],
     small: Engine | None = None,
     big: Engine | None = None,
 ) -> dict[str, list[Annotated]]:
-    """What the annotators of `p.annotate.compare` mark in the same traces, by name; arguments as of `run`."""
-    tokenizer = small.tokenizer if small else load_tokenizer(p.small)
-    return {
-        name: [row for row in _annotator(p, folder, name, tokenizer, small, big)(asked) if isinstance(row, Annotated)]
-        for name in p.annotate.compare
-        if name != p.annotate.method
-    }
+    """What the annotators of `p.annotate.compare` mark in `n_compare` of the same traces, drawn at random, by name.
+
+    Args:
+        rows: what the chosen annotator marked; the first of what is returned are those of them that were drawn.
+        small, big: as of `run`.
+    """
+    config, tokenizer = p.annotate, small.tokenizer if small else load_tokenizer(p.small)
+    some = random_numbers.Random(p.seed).sample(rows, min(config.n_compare, len(rows)))
+    marked: dict[str, list[Annotated]] = {config.method: some}
+    for name in config.compare:
+        if name != config.method:
+            made = _annotator(p, folder, name, tokenizer, small, big)(some)
+            marked[name] = [row for row in made if isinstance(row, Annotated)]
+    return marked
 
 
 def gap(
@@ -105,6 +112,7 @@ def gap(
     problems: Sequence[Problem | Annotated],
     config: Annotate,
     files: tuple[Path | None, Path | None] = (None, None),
+    hint: str = "",
 ) -> Iterator[Annotated]:
     """Mark the tokens with log p_big − log p_small > threshold (nats).
 
@@ -117,22 +125,27 @@ def gap(
         small, big: engines of one vocabulary.
         problems: each with a worked trace.
         files: in which what each of the two reads is kept; see `srlib.annotation.readings`.
+        hint: what stands behind every problem where it is written; see `Offload`.
 
     Raises:
         SrlibError: a problem has no trace, or the models do not share a vocabulary.
     """
     check_vocabularies(small.tokenizer, big.tokenizer)
-    asked = _passages(problems, "gap", small.tokenizer)
+    asked = _passages(problems, "gap", small.tokenizer, hint)
     read = [readings.read(model, "score", asked, config.batch_size, file) for model, file in zip((small, big), files)]
     gaps = ([b - s for s, b in zip(of_small.tolist(), of_big.tolist())] for of_small, of_big in zip(*read))
     return _by_value(gaps, "gap", problems, config, small.tokenizer)
 
 
 def entropy(
-    small: Engine, problems: Sequence[Problem | Annotated], config: Annotate, file: Path | None = None
+    small: Engine,
+    problems: Sequence[Problem | Annotated],
+    config: Annotate,
+    file: Path | None = None,
+    hint: str = "",
 ) -> Iterator[Annotated]:
     """As `gap`, but for the tokens where the small model's distribution has more entropy than the threshold (nats)."""
-    asked = _passages(problems, "entropy", small.tokenizer)
+    asked = _passages(problems, "entropy", small.tokenizer, hint)
     read = readings.read(small, "entropies", asked, config.batch_size, file)
     return _by_value((values.tolist() for values in read), "entropy", problems, config, small.tokenizer)
 
@@ -140,22 +153,26 @@ def entropy(
 def random(
     problems: Sequence[Problem | Annotated], config: Annotate, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> Iterator[Annotated]:
-    """Spans of 1 to `max_span_tokens` tokens at random places, until they are `share` of the trace."""
+    """Spans of 1 to `max_span_tokens` tokens at random places, until they are `share` of the trace.
+
+    Whole units and near marks are as in `gap`. Of what no token makes up exactly, such as the 0.4 of 12.4 tokens, the
+    next is marked with that probability, so that over many traces the share is what was asked for.
+    """
     for problem in problems:
         offsets = _encoded(tokenizer, problem)["offset_mapping"]
-        rng, n = random_numbers.Random(f"{seed} {problem.id}"), len(offsets)
-        marked: set[int] = set()
-        while len(marked) < int(config.share * n):
-            size = min(rng.randint(1, config.max_span_tokens), int(config.share * n) - len(marked))
-            start = rng.randint(0, n - size)
-            marked.update(range(start, start + size))
-        chosen = [Span(i, i + 1) for i in marked]
         whole = units(problem.worked, offsets)
-        yield _annotated(problem, settle(chosen, n, config, whole, lambda *_, rng=rng: rng.random()), offsets, "random")
+        rng = random_numbers.Random(f"{seed} {problem.id}")
+        chosen = _drawn(len(offsets), config, whole, rng)
+        yield _annotated(problem, chosen, offsets, "random")
 
 
-def given(problems: Sequence[Problem | Annotated], tokenizer: PreTrainedTokenizerBase) -> Iterator[Annotated | str]:
-    """The spans that the tags in the traces mark, either spelling of the closing one; a string: what is wrong."""
+def given(
+    problems: Sequence[Problem | Annotated], config: Annotate, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Annotated | str]:
+    """The spans that the tags in the traces mark, either spelling of the closing one; a string: what is wrong.
+
+    They are settled as the marks of any annotator; of more than `max_share`, the longest stay.
+    """
     for problem in problems:
         faults, marked = spans.faults(problem.worked), spans.parse(problem.worked)
         if faults or not marked:
@@ -163,15 +180,13 @@ def given(problems: Sequence[Problem | Annotated], tokenizer: PreTrainedTokenize
             yield f"tags are {names}" if faults else "no span is marked"
             continue
         plain = problem.model_copy(update={"trace": spans.strip(problem.worked)})
-        offsets = _encoded(tokenizer, plain)["offset_mapping"]
-        tokens = spans.merge(cover(span, offsets) for span in marked)
-        share = sum(end - start for start, end in tokens) / len(offsets)
-        yield _annotated(plain, tokens, offsets, "given").model_copy(update={"spans": marked, "share": share})
+        yield _of_passages(plain, marked, config, tokenizer, "given")
 
 
-def by_token(small: Engine, big: Engine, problem: Problem) -> list[dict[str, Any]]:
+def by_token(small: Engine, big: Engine, problem: Problem, hint: str = "") -> list[dict[str, Any]]:
     """What `gap` sees of one trace: each token, its log-probability by either model, and the difference."""
-    prompt, trace = encode_prompt(small.tokenizer, problem.prompt), _encoded(small.tokenizer, problem)["input_ids"]
+    prompt = encode_prompt(small.tokenizer, problem.prompt + hint)
+    trace = _encoded(small.tokenizer, problem)["input_ids"]
     by = [model.score([prompt + trace])[0][len(prompt) - 1 :] for model in (small, big)]
     names = small.tokenizer.convert_ids_to_tokens(trace)
     return [{"token": t, "small": s, "big": b, "gap": b - s} for t, s, b in zip(names, *by)]
@@ -186,13 +201,15 @@ def choose(gaps: list[float], config: Annotate, whole: Sequence[Span] = ()) -> l
 def settle(
     marked: Iterable[Span], n: int, config: Annotate, whole: Sequence[Span], worth: Callable[[Span, Span], float]
 ) -> list[Span]:
-    """What of the marks becomes the annotation, in tokens: whole units, near ones joined, the budget kept.
+    """What of the marks becomes the annotation, in tokens: whole units, near ones joined, the budgets kept.
+
+    No span is longer than `max_span_tokens`: the pieces of one that was touch, and stay apart.
 
     Args:
         marked: spans of tokens, of `n`.
         whole: spans that are marked as a whole or not at all, in order.
-        worth: of a piece of at most `max_span_tokens`, and of the span it is cut from; where the
-            budget does not hold them all, the pieces with the highest stay.
+        worth: of a piece, and of the span it is cut from; where `max_share` does not hold them all,
+            the pieces with the highest stay.
     """
     marked = list(marked)
     inside = [False] * n
@@ -206,7 +223,7 @@ def settle(
         if piece.end - piece.start <= left:
             kept.append(piece)
             left -= piece.end - piece.start
-    return spans.merge(kept)
+    return sorted(kept)
 
 
 def check_vocabularies(small: PreTrainedTokenizerBase, big: PreTrainedTokenizerBase) -> None:
@@ -224,11 +241,13 @@ def check_vocabularies(small: PreTrainedTokenizerBase, big: PreTrainedTokenizerB
         )
 
 
-def _passages(problems: Sequence[Problem | Annotated], name: str, tokenizer: PreTrainedTokenizerBase) -> list[Passage]:
+def _passages(
+    problems: Sequence[Problem | Annotated], name: str, tokenizer: PreTrainedTokenizerBase, hint: str
+) -> list[Passage]:
     for problem in problems:
         if not problem.trace:
             raise SrlibError(f"Problem {problem.id} has no worked trace, and the {name} annotator needs one.")
-    return readings.passages(problems, tokenizer)
+    return readings.passages(problems, tokenizer, hint)
 
 
 def _by_value(
@@ -251,11 +270,17 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, problem: Problem | Annotated) -
 def _annotated(
     problem: Problem | Annotated, marked: list[Span], offsets: Sequence[tuple[int, int]], name: str
 ) -> Annotated:
-    """The row for spans in tokens."""
-    characters = [Span(offsets[start][0], offsets[end - 1][1]) for start, end in marked]
+    """The row for spans in tokens, in order."""
+    characters: list[Span] = []
+    for first, behind in marked:
+        start, end = offsets[first][0], offsets[behind - 1][1]
+        if characters:  # one character may be of two tokens, and so of two spans: it is of the first
+            start = max(start, characters[-1].end)
+        if start < end:
+            characters.append(Span(start, end))
     return Annotated(
         **problem.model_dump(include={"id", "prompt", "answer", "trace"}),
-        spans=spans.merge(characters, gap=-1),  # one character may be of two tokens, and so of two spans
+        spans=characters,
         share=sum(end - start for start, end in marked) / len(offsets),
         annotator=name,
     )
@@ -265,7 +290,7 @@ def _annotator(
     p: Params, folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, small: Engine | None, big: Engine | None
 ) -> Callable[[Sequence[Problem | Annotated]], Iterator[Annotated | str]]:
     """An annotator that needs no asking, ready to be given traces."""
-    config = p.annotate
+    config, hint = p.annotate, p.offload.hint
 
     def scores() -> tuple[Path, Path]:
         return readings.journal(folder, p.small, "score"), readings.journal(folder, p.big, "score")
@@ -274,10 +299,10 @@ def _annotator(
         return readings.journal(folder, p.small, "entropies")
 
     return {
-        "gap": lambda asked: gap(_loaded(small), _loaded(big), asked, config, scores()),
-        "entropy": lambda asked: entropy(_loaded(small), asked, config, entropies()),
+        "gap": lambda asked: gap(_loaded(small), _loaded(big), asked, config, scores(), hint),
+        "entropy": lambda asked: entropy(_loaded(small), asked, config, entropies(), hint),
         "random": lambda asked: random(asked, config, tokenizer, p.seed),
-        "given": lambda asked: given(asked, tokenizer),
+        "given": lambda asked: given(asked, config, tokenizer),
     }[name]
 
 
@@ -325,12 +350,18 @@ def _row(
     trace = problem.worked
     matches = align(answer["snippets"], trace, config.min_score)
     found += ((problem.id, s, _how(s, m, trace)) for s, m in zip(answer["snippets"], matches))
+    return _of_passages(problem, [Span(m.start, m.end) for m in matches if m], config, tokenizer, "judge")
+
+
+def _of_passages(
+    problem: Problem | Annotated, marked: list[Span], config: Annotate, tokenizer: PreTrainedTokenizerBase, name: str
+) -> Annotated | str:
+    """The row for passages, in characters, or why there is none."""
     offsets = _encoded(tokenizer, problem)["offset_mapping"]
-    marked = [cover(Span(match.start, match.end), offsets) for match in matches if match]
-    whole = units(trace, offsets)
-    # Where a judge marks more than it may, its longest passages stay: fewest hand-overs for the share.
-    chosen = settle(marked, len(offsets), config, whole, lambda _, span: span.end - span.start)
-    return _annotated(problem, chosen, offsets, "judge") if chosen else "no passage is within the budget"
+    covered, whole = [cover(span, offsets) for span in marked], units(problem.worked, offsets)
+    # Where they are more than may be marked, the longest passages stay: fewest hand-overs for the share.
+    chosen = settle(covered, len(offsets), config, whole, lambda _, span: span.end - span.start)
+    return _annotated(problem, chosen, offsets, name) if chosen else "no passage is within the budget"
 
 
 def _how(snippet: str, match: Match | None, trace: str) -> str:
@@ -361,12 +392,47 @@ def _digest(p: Params) -> str:
 
 
 def _cut(span: Span, size: int, whole: Sequence[Span]) -> Iterator[Span]:
-    """`span` in pieces of at most `size` tokens, none ending inside a unit of `whole` (unless that is longer)."""
+    """`span` in pieces of at most `size` tokens, none ending inside a unit of `whole` that is not longer."""
     start = span.start
     while start < span.end:
         end = min(start + size, span.end)
-        for unit in whole:
-            if unit.start < end < unit.end:
-                end = unit.start if unit.start > start else min(unit.end, span.end)
+        if end < span.end:
+            end = next((u.start for u in whole if start < u.start < end < u.end), end)
         yield Span(start, end)
         start = end
+
+
+def _drawn(n: int, config: Annotate, whole: Sequence[Span], rng: random_numbers.Random) -> list[Span]:
+    """`share` of `n` tokens in random spans; those of `whole` are marked as a whole or not at all."""
+    inside = {i for unit in whole for i in range(*unit)}
+    atoms = sorted([*whole, *(Span(i, i + 1) for i in range(n) if i not in inside)])
+    marked, gap = [False] * n, config.merge_gap
+
+    def joined(start: int, end: int) -> Span:
+        """With what lies between these tokens and marks that are near."""
+        before = next((i + 1 for i in range(start - 1, max(start - gap - 2, -1), -1) if marked[i]), start)
+        return Span(before, next((i for i in range(end, min(end + gap + 1, n)) if marked[i]), end))
+
+    def fresh(span: Span) -> int:
+        return marked[span.start : span.end].count(False)
+
+    left = config.share * n
+    while left > 0:
+        size, first = rng.randint(1, config.max_span_tokens), rng.randrange(len(atoms))
+        last = first
+        while last + 1 < len(atoms) and atoms[last + 1].end - atoms[first].start <= min(size, left):
+            last += 1
+        span, certain = joined(atoms[first].start, atoms[last].end), True
+        if fresh(span) > left:  # then the smallest that is left, or one of those that fit
+            others = [other for other in (joined(*atom) for atom in atoms) if fresh(other)]
+            least = min(map(fresh, others))
+            span = rng.choice([other for other in others if fresh(other) <= max(least, left)])
+            certain = rng.random() * fresh(span) < left
+        if certain:
+            start, end = span
+            left -= fresh(span)
+            marked[start:end] = [True] * (end - start)
+        else:
+            break
+    runs = spans.merge(Span(i, i + 1) for i in range(n) if marked[i])
+    return [piece for run in runs for piece in _cut(run, config.max_span_tokens, whole)]

@@ -180,7 +180,7 @@ class Local:
                     max_tokens=limit(self.config, attempt),
                     batch_size=self.batch_size,
                     temperature=temperature,
-                    seed=self.seed,
+                    seed=len(self.config.temperatures) * self.seed + attempt,  # else a draw is the last one again
                 )
                 answers = writer.run([prompt_of(verdict.problem, config.share) for verdict in left])
                 writer.raise_if_failed(answers)

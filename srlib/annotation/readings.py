@@ -43,9 +43,11 @@ class Passage(NamedTuple):
         return f"{sha256(self.ids.tobytes()).hexdigest()[:24]}:{self.prompt}"
 
 
-def passages(problems: Sequence[Problem | Annotated], tokenizer: PreTrainedTokenizerBase) -> list[Passage]:
-    """The traces of `problems` behind their prompts, as a model reads them."""
-    prompts = encode_prompts(tokenizer, [problem.prompt for problem in problems])
+def passages(
+    problems: Sequence[Problem | Annotated], tokenizer: PreTrainedTokenizerBase, hint: str = ""
+) -> list[Passage]:
+    """The traces of `problems` behind their prompts, as a model reads them; `hint` stands behind every problem."""
+    prompts = encode_prompts(tokenizer, [problem.prompt + hint for problem in problems])
     traces = (tokenizer.encode(problem.worked, add_special_tokens=False) for problem in problems)
     return [Passage(np.array(a + b, dtype="<i4"), len(a)) for a, b in zip(prompts, traces)]
 

@@ -89,22 +89,48 @@ def origin(source: Source) -> Source | None:
     benchmark, which = find(source), source.path.partition(":")[2]
     if benchmark is None or benchmark.source is None:
         return None
-    return Source(path=which) if which else benchmark.source
+    if which:
+        return Source(path=which)
+    given = {name: value for name in ("split", "config") if (value := getattr(source, name)) is not None}
+    return benchmark.source.model_copy(update=given)
+
+
+def check(source: Source) -> None:
+    """What else is said of a source must be something that it has.
+
+    Raises:
+        SrlibError: a split or a configuration of a file or of a set that is made by a procedure, or columns of a
+            named set.
+    """
+    name, _, which = source.path.partition(":")
+    benchmark = NAMES.get(name)
+    hub = not which and benchmark.source is not None if benchmark else source.file is None
+    for part in ("split", "config"):
+        value = getattr(source, part)
+        if value is not None and not hub and (part, name) != ("split", "arith"):
+            raise SrlibError(f"{source.path} is no data set on the hub, and has no {part} {value!r}: leave it away.")
+    if benchmark and source.columns:
+        raise SrlibError(
+            f"{source.path} is a named set, which has columns of its own: leave `columns` away, or give the path "
+            "alone, without the name."
+        )
 
 
 def procedural(source: Source, n: int | None, seed: int) -> Iterator[Row]:
     """`n` rows of a set that is made by a procedure; without a number 500.
 
     Raises:
-        SrlibError: reasoning_gym has no such set.
+        SrlibError: reasoning_gym has no such set, or arith no such split.
     """
     name, _, which = source.path.partition(":")
     n = n or PROCEDURAL
     if name == "arith":
         from srlib.data import arith
-        from srlib.params import Arith
 
-        stream = arith.generate(Arith(), "test", seed)
+        split = source.split or "test"
+        if split not in arith.SPLITS:
+            raise SrlibError(f"arith has no split {split!r}, but {', '.join(arith.SPLITS)}.")
+        stream = arith.generate(source._world, split, seed)
         return (next(stream).model_dump() for _ in range(n))
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
@@ -120,14 +146,14 @@ def protocol(p: Params) -> Protocol:
     """How stage 05 samples: by its own settings, or by a preset laid over them.
 
     `published` is what accuracies of R1-Distill models are published with: temperature 0.6, top-p 0.95,
-    32,768 tokens, all problems, 64 samples of each in AIME, 8 in GPQA, 4 in the others. `quick` is for a
+    no top-k, 32,768 tokens, all problems, 64 samples of each in AIME, 8 in GPQA, 4 in the others. `quick` is for a
     look: 4,096 tokens, 50 problems (AIME: all), one sample.
     """
     e, benchmark = p.evaluate, find(p.test)
     if e.protocol == "own":
         return Protocol(p.offload, e.samples_per_problem, e.n_problems)
     quick = e.protocol == "quick"
-    update = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 4096 if quick else 32_768}
+    update = {"temperature": 0.6, "top_p": 0.95, "top_k": 0, "max_tokens": 4096 if quick else 32_768}
     offload = p.offload.model_copy(update=update)
     if benchmark is None or benchmark.source is None:
         samples, n = (1, min(50, e.n_problems)) if quick else (e.samples_per_problem, e.n_problems)

@@ -67,10 +67,11 @@ def load(
         dropped: is told how many were dropped, by reason.
 
     Raises:
-        SrlibError: no such file, data set or column, a file that is not UTF-8, a bad row (where it is
+        SrlibError: no such file, data set or column, a split of what has none, a file that is not UTF-8, a bad row (where it is
             and what is wrong), or fewer than `n` problems (why others cannot be used).
     """
     source = source if isinstance(source, Source) else Source(path=str(source))
+    benchmarks.check(source)
     benchmark = benchmarks.find(source)
     whole = benchmark is not None or source.file is not None
     rows = _placed_rows(source, n, seed)
@@ -130,7 +131,7 @@ def hub_rows(source: Source) -> IterableDataset:
     from datasets import load_dataset
 
     try:
-        return load_dataset(source.path, source.config, split=source.split, streaming=True)
+        return load_dataset(source.path, source.config, split=source.split or "train", streaming=True)
     except (OSError, ValueError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
         reason = str(error).splitlines()[0]
         raise SrlibError(f"{source.path} is no file here, and the hub gave no such data set: {reason}") from None

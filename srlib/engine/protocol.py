@@ -86,7 +86,7 @@ class Request:
     stops: tuple[tuple[int, ...], ...] = ()
     stop_texts: tuple[str, ...] = ()  # ends when the text of the decoded ids holds one of these
     recent: list[int] = field(default_factory=list)  # decoded just before: where a stop may have begun
-    max_entropy: float | None = None  # in nats: ends before a token whose distribution has more
+    max_entropy: float | None = None  # in nats: ends before a token whose distribution, at temperature 1, has more
     ask: int = 0
     watch: int | None = None
     live: bool = False  # `ids` grows token by token while it is under way, in a running engine, too
@@ -186,7 +186,7 @@ class Engine(Protocol):
         ...
 
     def entropies(self, sequences: list[list[int]]) -> list[list[float]]:
-        """As `score`, but the entropy in nats of the distribution that each id was drawn from."""
+        """As `score`, but the entropy in nats of each id's distribution at temperature 1."""
         ...
 
 

@@ -157,8 +157,8 @@ class TransformersEngine:
         return self._scan(sequences, lambda logprobs, ids: logprobs.gather(-1, ids[:, None])[:, 0])
 
     def entropies(self, sequences: list[list[int]]) -> list[list[float]]:
-        """As `score`, but the entropy in nats of the distribution that each id was drawn from."""
-        return self._scan(sequences, lambda logprobs, _: torch.special.entr(logprobs.exp()).sum(-1))
+        """As `score`, but the entropy in nats of each id's distribution at temperature 1."""
+        return self._scan(sequences, lambda logprobs, _: entropy(logprobs))
 
     @torch.inference_mode()
     def _scan(
@@ -264,7 +264,8 @@ class TransformersEngine:
                 columns = [token if watch is None else watch for token, watch in zip(tokens, watched[part])]
                 chosen = torch.tensor(columns, device=logits.device)
             picked = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-            entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist() if unsure else [0.0] * len(tokens)
+            # The model's own distribution, whatever temperature it is drawn from at.
+            entropies = entropy(logits[part].log_softmax(-1)).tolist() if unsure else [0.0] * len(tokens)
             drawn += zip(tokens, picked, entropies)
         answers = iter(drawn[len(writing) :])
         for request, _ in passed.asking:
@@ -273,8 +274,8 @@ class TransformersEngine:
             if request.watch is not None:
                 request.watched = list(values)
         ended: set[Request] = set()
-        for request, (token, logprob, entropy) in zip(writing, drawn):
-            if request.max_entropy is not None and entropy > request.max_entropy:
+        for request, (token, logprob, nats) in zip(writing, drawn):
+            if request.max_entropy is not None and nats > request.max_entropy:
                 request.unsure = True
                 ended.add(request)
                 continue
@@ -345,6 +346,11 @@ def draw(logits: torch.Tensor, at: list[tuple[Sampling, int]]) -> tuple[torch.Te
         picked = torch.searchsorted(heights, drawn.to(heights.device) * heights[:, -1:], right=True)
         chosen[rows] = picked.squeeze(-1).clamp_(max=logits.shape[1] - 1)
     return chosen, logprobs
+
+
+def entropy(logprobs: torch.Tensor) -> torch.Tensor:
+    """In nats, (N,), of log-probabilities (N, V)."""
+    return torch.special.entr(logprobs.exp()).sum(-1)
 
 
 def uniform(sampling: Sampling, position: int) -> float:

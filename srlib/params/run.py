@@ -59,6 +59,20 @@ class Params(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _draws_differ(self) -> Params:
+        o, e = self.offload, self.evaluate
+        if self.annotate.tries > 1 and o.top_k == 1:
+            raise ValueError(
+                f"annotate.tries is {self.annotate.tries}, but at offload.top_k 1 all of them are the same"
+            )
+        if e.protocol == "own" and e.samples_per_problem > 1 and (o.temperature == 0 or o.top_k == 1):
+            why = "offload.temperature 0" if o.temperature == 0 else "offload.top_k 1"
+            raise ValueError(
+                f"evaluate.samples_per_problem is {e.samples_per_problem}, but at {why} all of them are the same"
+            )
+        return self
+
     @property
     def left_out(self) -> tuple[str, ...]:
         """Stages that make the tuned small model, where one is given."""
@@ -118,11 +132,11 @@ class Params(Section):
 
     @property
     def traces(self) -> Source:
-        return self.data.traces or Source(path=str(self.where("00_arith_pair") / "traces.jsonl"))
+        return self._made(self.data.traces, "traces")
 
     @property
     def test(self) -> Source:
-        return self.data.test or Source(path=str(self.where("00_arith_pair") / "test.jsonl"))
+        return self._made(self.data.test, "test")
 
     @property
     def dataset(self) -> str:
@@ -134,6 +148,16 @@ class Params(Section):
         """The annotated traces that stage 02 learns from."""
         given = self.sft.annotated
         return (find(given) or Path(given)) if given else self.where("01_annotate") / "annotated.jsonl"
+
+    def _made(self, source: Source | None, split: str) -> Source:
+        """What the params name, or what stage 00 has written; the set arith is that of the section."""
+        if source is None:
+            return Source(path=str(self.where("00_arith_pair") / f"{split}.jsonl"))
+        if source.path != "arith":
+            return source
+        made = source.model_copy(update={"split": source.split or split})
+        made._world = self.arith
+        return made
 
     def _resolve(self, spec: ModelSpec, name: str) -> ModelSpec:
         path = spec.path or str(self.where("00_arith_pair") / name)

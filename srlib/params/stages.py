@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from srlib.params.models import ModelSpec, Section
 from srlib.params.names import unknown
@@ -40,7 +40,9 @@ class Arith(Section):
     min_steps: int = Field(3, ge=1, le=20, description="fewest operations of a problem")
     max_steps: int = Field(5, ge=1, le=20, description="most operations of a problem")
     product_share: float = Field(0.4, ge=0, le=1, description="probability that an operation is a product")
-    max_factor: int = Field(15, ge=2, le=99, description="largest factor in a product")
+    max_factor: int = Field(
+        15, ge=2, le=99, description="largest factor on the right of a product; on the left is a result, below 100"
+    )
     n_traces: int = Field(4000, ge=1, description="worked traces written for annotation")
     n_test: int = Field(1000, ge=1, description="unseen problems written for evaluation")
     batch_size: int = Field(32, ge=1, description="problems of a training step")
@@ -68,12 +70,16 @@ class Source(Section):
     """Where problems come from; in the params a plain string is its `path`."""
 
     path: str = Field(min_length=1, description="a JSONL file, a set on the hub, or a name of srlib/data/benchmarks.py")
-    config: str | None = Field(None, description="hub: configuration of the data set")
-    split: str = Field("train", description="hub: its split")
+    config: str | None = Field(None, description="hub: configuration of the data set; empty: of a named set its own")
+    split: str | None = Field(
+        None, description="hub: its split; empty: train, or of a named set its own. arith: train, traces or test"
+    )
     columns: dict[Literal["id", "prompt", "answer", "trace", "correct"], str] = Field(
-        {}, description="field: column it is read from; empty: the columns are named like the fields"
+        {},
+        description="field: column it is read from; empty: the columns are named like the fields. A named set has its own",
     )
     prompt: str = Field("", description="plain, boxed, base, or a text with {question}; empty: asked as it is")
+    _world: Arith = PrivateAttr(Arith())  # of the set arith
 
     @model_validator(mode="before")
     @classmethod
@@ -156,6 +162,10 @@ class Judge(Section):
             raise ValueError(f"extra_body holds {sorted(taken)[0]}, which the other settings and the reader decide")
         if self.local is not None and (self.batch or self.extra_body or None in self.temperatures):
             raise ValueError("batch, extra_body and a temperature of null need a server, and local is a model here")
+        if self.local is not None and (self.model or self.base_url):
+            raise ValueError("model and base_url name a server, and local a model here; leave one away")
+        if self.local is not None and self.temperatures.count(0) > 1 and self.max_tokens_retry is None:
+            raise ValueError("temperatures holds 0 more than once, where a model here writes the same answer again")
         return self
 
 
@@ -172,14 +182,16 @@ class Annotate(Section):
     )
     n_traces: int = Field(4000, ge=1, description="traces to annotate, drawn at random")
     tries: int = Field(0, ge=0, description="traces the big model writes until one is right; 0: they are given")
-    temperature: float = Field(0.6, ge=0, description="at which it writes them")
+    temperature: float = Field(0.6, ge=0, description="at which it writes them, in place of offload.temperature")
     threshold: float = Field(0.5, gt=0, description="gap of log-probabilities, or entropy, that marks a token, in nats")
-    share: float = Field(0.2, gt=0, le=1, description="of a trace: what random marks, and a judge is asked for")
+    share: float = Field(
+        0.2, gt=0, le=1, description="of the tokens: what random marks in the mean, and a judge is asked for"
+    )
     merge_gap: int = Field(0, ge=0, description="marks this many tokens apart, or fewer, become one span")
     max_span_tokens: int = Field(
-        16,
+        8,
         ge=1,
-        description="longest span of random; the others' marks are kept or dropped in pieces of this many tokens",
+        description="longest span; a longer one is cut into spans that touch. offload.span_budget should hold it",
     )
     max_share: float = Field(0.3, gt=0, le=1, description="most of a trace that may be marked, in tokens")
     min_score: float = Field(0.85, gt=0.5, le=1, description="likeness from which a passage is what a judge quotes")
@@ -187,15 +199,22 @@ class Annotate(Section):
     compare: list[Literal["gap", "random", "entropy"]] = Field(
         ["random", "entropy"], description="annotators put beside the chosen one"
     )
-    n_compare: int = Field(500, ge=1, description="traces on which they are compared")
+    n_compare: int = Field(500, ge=1, description="traces on which they are compared, drawn at random")
     judge: Judge = Field(Judge(), description="who is asked with method judge")
 
     @model_validator(mode="after")
     def _someone_to_ask(self) -> Annotate:
-        if self.method == "judge" and not self.judge.model and self.judge.local is None:
-            raise ValueError("method judge needs judge.model, the name of a server's model, or judge.local")
+        local = self.judge.local
+        if self.method == "judge" and not self.judge.model and (local is None or local.path is None):
+            raise ValueError("method judge needs judge.model, the name of a server's model, or judge.local.path")
         if self.tries > 1 and not self.temperature:
             raise ValueError(f"tries is {self.tries}, but at temperature 0 all of them are the same")
+        asks = {"judge", "random"} & {self.method, *self.compare}
+        if asks and self.share > self.max_share:
+            raise ValueError(
+                f"share {self.share} is above max_share {self.max_share}, and {' and '.join(sorted(asks))} may not mark "
+                "it: lower the one or raise the other"
+            )
         return self
 
     @property
@@ -324,7 +343,9 @@ class Offload(Section):
     """How two models write a trace."""
 
     max_tokens: int = Field(96, ge=1, description="most tokens of one trace, tags included")
-    span_budget: int = Field(8, ge=1, description="most tokens the big model writes in one span that was asked for")
+    span_budget: int = Field(
+        8, ge=1, description="most tokens the big model writes in one span, as annotate.max_span_tokens or more"
+    )
     batch_size: int = Field(
         64, ge=1, description="most traces that one model is asked for at a time, to write them or to read along"
     )

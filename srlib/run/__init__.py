@@ -3,5 +3,6 @@
 - `pipeline`: the notebooks of one params file, in order
 - `stages`: what each depends on; `manifest`: what each was made of
 - `sweep`: many runs
+- `rehearse`: one params file with tiny models; `twins`: how they are made
 - `bench`: the speed of the policies, side by side
 """

@@ -26,7 +26,7 @@ from srlib.params import Params, from_notebook, nearest
 from srlib.params.paths import ROOT, here
 from srlib.run import locks
 from srlib.run.manifest import PACKAGES, Manifest
-from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, artefacts, require
+from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, artefacts, needed, require
 
 
 def begin(stage: str, scope: dict[str, Any]) -> tuple[Params, Path]:
@@ -79,7 +79,7 @@ def run(
         SrlibError: no such stage, an input is missing or damaged (before any stage runs), or another
             process is at work there.
     """
-    chosen = _chosen(p, first, only, until)
+    chosen = choose(p, first, only, until)
     with ExitStack() as held:
         if not dry:
             held.enter_context(locks.writing(p.run_dir, "srlib run"))
@@ -121,27 +121,28 @@ def _run(p: Params, chosen: list[str], first: str | None, only: str | None, dry:
     return 0
 
 
-def _chosen(p: Params, first: str | None, only: str | None, until: str | None) -> list[str]:
+def choose(p: Params, first: str | None = None, only: str | None = None, until: str | None = None) -> list[str]:
     """The stages that are asked for and have something to do, in order."""
     for name in (first, only, until):
         if name is not None and name not in STAGES:
             near = nearest(name, list(STAGES))
             raise SrlibError(f"There is no stage {name!r}{f'; did you mean {near!r}?' if near else '.'}")
-    names = list(STAGES)
-    chosen = [only] if only else names[names.index(first or names[0]) : names.index(until or names[-1]) + 1]
+    if only:
+        return [name for name in (only,) if name not in p.left_out]
+    idle = {*p.left_out, *(p.base.stages if p.base else [])}
+    if p.sft.annotated is not None:  # nothing would read what it makes
+        idle.add("01_annotate")
+    if "grpo" not in p.evaluate.policies and first != "03_grpo":  # nor here
+        idle.add("03_grpo")
+    if not (p.run_dir / "sweep.json").is_file():  # there is nothing to compare
+        idle |= {name for name, stage in STAGES.items() if "sweep" in stage.reads}
     found = artefacts(p)
-    if all(found[name].given for name, maker in MAKERS.items() if maker == "00_arith_pair"):
-        chosen = [name for name in chosen if name != "00_arith_pair"]  # all it would make is given
-    chosen = [name for name in chosen if name not in p.left_out]
-    if p.sft.annotated is not None and not only:  # nothing would read what it makes
-        chosen = [name for name in chosen if name != "01_annotate"]
-    if not only:
-        others = p.base.stages if p.base else []
-        swept = (p.run_dir / "sweep.json").is_file()  # else there is nothing to compare
-        chosen = [name for name in chosen if name not in others and (swept or "sweep" not in STAGES[name].reads)]
-        if "grpo" not in p.evaluate.policies and first != "03_grpo":  # nothing would read what it makes
-            chosen = [name for name in chosen if name != "03_grpo"]
-    return chosen
+    read = {artefact for name in STAGES if name not in idle for artefact in needed(p, name)}
+    if all(found[name].given for name in read if MAKERS[name] == "00_arith_pair"):
+        idle.add("00_arith_pair")  # all that is read of what it would make is given
+    names = list(STAGES)
+    asked = names[names.index(first or names[0]) : names.index(until or names[-1]) + 1]
+    return [name for name in asked if name not in idle]
 
 
 def _told(causes: list[str]) -> str:

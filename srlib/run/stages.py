@@ -44,33 +44,39 @@ class Stage:
 
 PAIR = ("pair.small", "pair.big")
 TUNED = ("pair.small", "pair.tuned")
+# The set arith, where the params name it, is that of the section.
+TRACES: dict[str, Callable[[Params], object]] = {"arith": lambda p: p.data.traces and p.data.traces.path == "arith"}
+TEST: dict[str, Callable[[Params], object]] = {"arith": lambda p: p.data.test and p.data.test.path == "arith"}
 STAGES = {
     stage.name: stage
     for stage in (
         Stage("00_arith_pair", ("arith", *PAIR, "data.test")),
         Stage(
             "01_annotate",
-            ("annotate", *PAIR, "data.traces"),
+            ("annotate", *PAIR, "data.traces", "offload.hint"),
             ("pair", "traces"),
-            {"offload": lambda p: p.annotate.tries},
+            {"offload": lambda p: p.annotate.tries, **TRACES},
         ),
-        Stage("02_sft", ("sft", "offload", *TUNED, "data.test"), ("pair", "annotated", "test")),
+        Stage("02_sft", ("sft", "offload", *TUNED, "data.test"), ("pair", "annotated", "test"), TEST),
         Stage(
             "03_grpo",
             ("grpo", "latency", "offload", *TUNED, "pair.big", "data.traces"),
             ("pair", "adapter", "traces"),
+            TRACES,
         ),
-        Stage("04_offload", ("offload", *TUNED, "pair.big", "data.test"), ("pair", "adapter", "test")),
+        Stage("04_offload", ("offload", *TUNED, "pair.big", "data.test"), ("pair", "adapter", "test"), TEST),
         Stage(
             "05_evaluate",
             ("offload", "evaluate", *TUNED, "pair.big", "data.test"),
             ("pair", "adapter", "reinforced", "test"),
+            TEST,
         ),
         Stage("06_reward_ablation", (), ("sweep",)),
         Stage(
             "07_latency",
             ("offload", "latency", "bench", *TUNED, "pair.big", "data.test"),
             ("pair", "adapter", "test", "results"),
+            TEST,
         ),
     )
 }

@@ -125,7 +125,7 @@ def combinations(chosen: Plan) -> tuple[Params, dict[int, Params], list[tuple[Co
     for seed in chosen.seeds:
         run = plain.run if seed == plain.seed else f"{plain.run}-seed{seed}"
         bases[seed] = params.load(chosen.params, **{**for_base, "run": run, "seed": seed})
-        base = {"folder": str(bases[seed].run_dir), "stages": shared} if shared else None
+        base = {"folder": str(bases[seed].run_dir), "stages": shared} if _needed(shared) else None
         for point in itertools.product(*chosen.vary.values()):
             values = dict(zip(chosen.vary, point))
             label = visible(", ".join(f"{name}={_plain(value)}" for name, value in zip(names, point))) or "fixed"

@@ -25,18 +25,18 @@ from srlib.params import ModelSpec, Sft
 LABEL_IGNORED = -100
 
 
-def example(tokenizer: PreTrainedTokenizerBase, row: Annotated) -> dict[str, list[int]]:
+def example(tokenizer: PreTrainedTokenizerBase, row: Annotated, hint: str = "") -> dict[str, list[int]]:
     """Ids and labels of one annotated trace: loss on the completion alone.
 
     What the big model will write is part of it: from it the small model learns where a span is
-    not over yet.
+    not over yet. `hint` stands behind the problem, as where the trained model writes.
     """
-    prompt = encode_prompt(tokenizer, row.prompt)
+    prompt = encode_prompt(tokenizer, row.prompt + hint)
     completion = tokenizer.encode(row.tagged, add_special_tokens=False) + [tokenizer.eos_token_id]
     return {"input_ids": prompt + completion, "labels": [LABEL_IGNORED] * len(prompt) + completion}
 
 
-def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folder: Path) -> list[dict]:
+def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folder: Path, hint: str = "") -> list[dict]:
     """Fine-tune `small` on annotated traces; adapter and tokenizer go to `folder/adapter`.
 
     Returns:
@@ -51,7 +51,7 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     model, tokenizer = load_model(small)
     tokens = add_tags(tokenizer) if config.tags == "token" else None
     fit_embeddings(model, tokenizer)
-    examples = [example(tokenizer, row) for row in rows]
+    examples = [example(tokenizer, row, hint) for row in rows]
     longest = max(len(e["input_ids"]) for e in examples)
     if longest > config.max_length:
         raise SrlibError(f"sft.max_length is {config.max_length}, but the longest trace has {longest} tokens.")

@@ -13,8 +13,8 @@ How it differs from the transformers engine:
 - Log-probabilities are those after `top_k` and `top_p` have cut (`watched` is -inf for what was cut
   away), so exact without them. A server gives those at temperature 1, exact at temperature 0 and
   1, unless it was started with `--logprobs-mode processed_logprobs`. `score` is at temperature 1.
-- `max_entropy` sees the 20 likeliest tokens and takes all others for one: a little too low. Once
-  it has been used, `watched` is nan for an id that is not one of the 20 likeliest.
+- `max_entropy` sees the 20 likeliest tokens and takes all others for one: a little too low, and more so
+  the lower the temperature, from which it is reckoned back. Once it has been used, `watched` is nan for an id that is not one of the 20 likeliest.
 - Counts. A server tells what it had in its cache if it was started with
   `--enable-prompt-tokens-details`, and only for requests that vLLM itself ends; else all that was
   processed before is taken to be there. What vLLM computes until it hears of a stop it does not
@@ -115,7 +115,7 @@ class VllmEngine(Running):
         return [[row[i] for i, row in zip(ids[1:], each)] for ids, each in zip(sequences, rows)]
 
     def entropies(self, sequences: list[list[int]]) -> list[list[float]]:
-        """As `score`, but the entropy in nats of the distribution that each id was drawn from; see `max_entropy`."""
+        """As `score`, but the entropy in nats of each id's distribution at temperature 1; see `max_entropy`."""
         return [[entropy(row.values()) for row in each] for each in self._scan(sequences, TOP)]
 
     def _scan(self, sequences: list[list[int]], top: int) -> list[list[dict[int, float]]]:
@@ -199,6 +199,8 @@ class VllmEngine(Running):
 
     async def _decode(self, request: Request, ids: list[int]) -> None:
         sequence, limit = request.sequence, request.max_entropy
+        # At which log-probabilities are given; see above on servers.
+        temperature = 1.0 if self.spec.url else sequence.sampling.temperature or 1.0
         entropic = limit is not None
         self._entropic |= entropic
         known = {stop for stop in request.stops if len(stop) == 1}  # vLLM ends at these by itself
@@ -217,7 +219,7 @@ class VllmEngine(Running):
                 async for piece in pieces:
                     cached, answered = piece.cached if cached is None else cached, True
                     for token, logprobs in zip(piece.ids, piece.logprobs):
-                        if limit is not None and entropy(logprobs.values()) > limit:
+                        if limit is not None and entropy(logprobs.values(), temperature) > limit:
                             request.unsure = True
                             break
                         sequence.ids.append(token)

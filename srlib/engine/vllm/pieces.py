@@ -7,6 +7,8 @@ import math
 from collections.abc import Coroutine, Iterable
 from typing import NamedTuple
 
+ROUNDING = 1e-6  # of a sum of probabilities
+
 
 class Piece(NamedTuple):
     """Some tokens of an answer, as they come."""
@@ -26,8 +28,16 @@ async def gather(works: Iterable[Coroutine]) -> list:
     return [task.result() for task in tasks]
 
 
-def entropy(logprobs: Iterable[float]) -> float:
-    """In nats, of a distribution whose likeliest tokens are given; all others count as one."""
+def entropy(logprobs: Iterable[float], temperature: float = 1.0) -> float:
+    """In nats, of a distribution at temperature 1 whose likeliest tokens are given; all others count as one.
+
+    Args:
+        temperature: at which they are given.
+    """
     shares = [math.exp(x) for x in logprobs]
-    rest = max(0.0, 1.0 - sum(shares))
-    return -sum(p * math.log(p) for p in (*shares, rest) if p > 0)
+    rest = 1.0 - sum(shares)
+    if rest > ROUNDING:
+        shares.append(rest)
+    weights = [p**temperature for p in shares]
+    total = sum(weights)
+    return -sum(w / total * math.log(w / total) for w in weights if w > 0)
