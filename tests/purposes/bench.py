@@ -44,7 +44,7 @@ def policies_beside_each_alone(case: Case) -> None:
 
 @shows("bench.batch_sizes")
 def batches_one_after_the_other(case: Case) -> None:
-    rows, runs = measured(case, batch_sizes=[2, 3])
+    rows, runs = measured(case, batch_sizes=[2, 3], policies=[], max_tokens=2)
     assert {row["batch"] for row in rows} == {writer.batch_size for writer, _ in runs} == {2, 3}
 
 
@@ -67,13 +67,13 @@ def most_tokens_of_a_trace(case: Case) -> None:
 
 @shows("bench.traces_per_slot")
 def traces_of_a_place(case: Case) -> None:
-    _, runs = measured(case, batch_sizes=[2], traces_per_slot=3)
+    _, runs = measured(case, batch_sizes=[2], traces_per_slot=3, policies=[])
     assert {n for _, n in runs} == {6}
 
 
 @shows("bench.min_traces")
 def traces_at_least(case: Case) -> None:
-    _, runs = measured(case, min_traces=5)
+    _, runs = measured(case, min_traces=5, policies=[])
     assert {n for _, n in runs} == {5}
 
 

@@ -61,7 +61,7 @@ def most_tokens_of_a_span(case: Case) -> None:
 @shows("offload.batch_size")
 def most_traces_at_a_time(case: Case) -> None:
     for how in ({}, {"stream_chunk": 1}, {"overlap": True}):  # reading along and writing on ahead are asked for, too
-        _, small, big = wrote(case, Learned(), 64, batch_size=4, oversubscribe=2.0, **how)
+        _, small, big = wrote(case, Learned(), 24, batch_size=4, oversubscribe=2.0, **how)
         assert small.most == 4 and 1 < big.most <= 4
 
 

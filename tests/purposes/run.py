@@ -55,7 +55,7 @@ def what_another_run_has_done(case: Case) -> None:
         pytest.fail(str(error))
     assert p.big.path == str(other / "00_arith_pair" / "big")
     assert p.where("01_annotate") == p.run_dir / "01_annotate"
-    assert "00_arith_pair" not in pipeline._chosen(p, None, None, None)
+    assert "00_arith_pair" not in pipeline.choose(p)
 
 
 @shows("hardware.gpus", "hardware.gpu_gb")
