@@ -116,6 +116,14 @@ def test_stops_of_several_ids(engines, prompts):
     assert len(held.ids) <= 5
 
 
+def test_int8_does_not_tell_of_every_pass(folders, caplog):
+    """bitsandbytes would, of each layer, that it computes in fp16."""
+    made = engine.load(ModelSpec(path=folders[0], quantization="int8"))
+    made.score([[5, 6, 7]])
+    assert "Linear8bitLt" in {type(module).__name__ for module in made.model.modules()}
+    assert "bitsandbytes" not in {record.name.partition(".")[0] for record in caplog.records}
+
+
 def test_load_errors(pair, tokenizer, tmp_path):
     with pytest.raises(SrlibError, match="There is no model in .*: config.json is not there"):
         engine.load(tmp_path)
