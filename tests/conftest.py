@@ -22,6 +22,7 @@ from srlib.engine.transformers import TransformersEngine
 from srlib.params import ROOT, Arith
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("tests.purposes")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -95,11 +95,11 @@ def test_another_threshold_reads_no_trace_again(copy):
 
 
 def test_a_failing_cell_ends_the_run(copy):
-    broken = ("run", "params/smoke.yaml", "--set", f"outputs={copy}", "--set", "sft.max_length=16")
+    broken = ("run", "params/smoke.yaml", "--set", f"outputs={copy}", "--set", "sft.n_watch=999")
     done = srlib(*broken)
     assert done.returncode == 1
     assert "02_sft           failed" in done.stdout and "05_evaluate" not in done.stdout.partition("failed")[2]
-    assert "02_sft: SrlibError: sft.max_length is 16, but the longest trace has" in done.stderr
+    assert "02_sft: SrlibError: " in done.stderr and "holds 24 problems, fewer than the 999 asked for" in done.stderr
     assert "smoke/02_sft/02_sft.ipynb" in done.stderr
     assert json.loads((copy / "smoke" / "manifest.json").read_text())["stages"]["02_sft"]["state"] == "failed"
 

@@ -137,7 +137,7 @@ def test_numbers_are_kept_as_they_are(engines, asked, tmp_path):
         assert [values.tolist() for values in other] == exact
 
 
-def test_written_traces_are_named_after_what_decides_them(models, asked, tmp_path, monkeypatch):
+def test_written_traces_are_named_after_what_decides_them(models, asked, tokenizer, tmp_path, monkeypatch):
     names = []
 
     def write(big, found, config, offload, seed, journal):
@@ -152,6 +152,6 @@ def test_written_traces_are_named_after_what_decides_them(models, asked, tmp_pat
         settings(models, tries=3),
         settings(models, "other", tries=2),
     ):
-        traces.gather(p.model_copy(update={"data": Data(**given)}), tmp_path)
+        traces.gather(p.model_copy(update={"data": Data(**given)}), tmp_path, tokenizer)
     assert names[0] == names[1] and len(set(names)) == 3
     assert all(name.startswith("written-") for name in names)

@@ -113,5 +113,5 @@ def test_errors(saved, tmp_path):
     plain = [row.model_copy(update={"spans": []}) for row in annotated(4)]
     with pytest.raises(SrlibError, match="No annotated trace has a span"):
         sft.train(spec, plain, Sft(), 0, tmp_path)
-    with pytest.raises(SrlibError, match="sft.max_length is 16, but the longest trace has"):
+    with pytest.raises(SrlibError, match="sft.max_length is 16, but the shortest trace has"):
         sft.train(spec, annotated(4), Sft(max_length=16), 0, tmp_path)

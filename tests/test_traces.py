@@ -3,23 +3,27 @@
 from itertools import islice
 from math import ceil, floor
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from srlib import SrlibError
-from srlib.annotation import agreement, annotators, traces
+from srlib.annotation import agreement, annotators, readings, traces
 from srlib.annotation.alignment import cover, units
-from srlib.data import arith, spans
+from srlib.data import arith, prompts, spans
+from srlib.data.grade import verdict
 from srlib.data.journal import Journal
 from srlib.data.rows import Annotated, Problem, write_jsonl
 from srlib.data.spans import Span
-from srlib.engine import transformers
+from srlib.engine import adapters, transformers
 from srlib.params import Annotate, Arith, Offload, Params
+from srlib.run import twins
+from srlib.training import sft
 from tests.test_translate import bytelevel, without, wrap
 
 
-def test_the_first_right_generation_is_taken_and_the_rest_is_counted(tmp_path):
+def test_the_first_right_generation_is_taken_and_the_rest_is_counted(tokenizer, tmp_path):
     generations = {"generations": ["no", "<bigmodel>yes</bigmodel>", "also"], "ok": [False, True, True]}
     right = {"uuid": "a", "problem": "1+1?", "answer": 2, **generations}
     rows = [
@@ -33,7 +37,8 @@ def test_the_first_right_generation_is_taken_and_the_rest_is_counted(tmp_path):
     given = {"path": str(write_jsonl(tmp_path / "x.jsonl", rows)), "columns": columns}
 
     def gather(n, **source):
-        return traces.gather(Params(run="x", data={"traces": given | source}, annotate={"n_traces": n}), tmp_path)
+        p = Params(run="x", data={"traces": given | source}, annotate={"n_traces": n})
+        return traces.gather(p, tmp_path, tokenizer)
 
     found, dropped = gather(2)
     assert sorted(problem.id for problem in found) == ["a", "e"]
@@ -170,3 +175,85 @@ def test_traces_that_the_big_model_writes_are_kept_if_right(engines, tmp_path, m
         before = len(graded)
         assert traces.write(big, asked, config, offload, 0, journal) == (written, dropped)
         assert len(graded) == before  # nothing is written twice
+
+
+TEMPLATES = {
+    "opens": "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}",
+    "switched off": "[{{ messages[0].content }}]<think>\n\n</think>\n\n",
+    "without": "[{{ messages[0].content }}]",
+}
+
+
+@pytest.fixture(params=TEMPLATES)
+def templated(request):
+    made = twins.trained()
+    adapters.add_tags(made)
+    made.chat_template = TEMPLATES[request.param]
+    return made
+
+
+def test_a_thought_is_opened_once(templated, tmp_path):
+    """By the prompt or by the trace, in what is scored, learned and graded; with a line break or without."""
+    opened = prompts.opening(templated)
+    assert bool(opened) == (templated.chat_template == TEMPLATES["opens"])
+    texts = ["<think>\n3+4=7;</think>\\boxed{7}", "<think>3+4=7;</think>\\boxed{7}", "3+4=7;</think>\\boxed{7}"]
+    rows = [{"id": str(i), "prompt": "3+4?", "answer": "7", "trace": text} for i, text in enumerate(texts)]
+    p = Params(run="x", data={"traces": str(write_jsonl(tmp_path / "x.jsonl", rows))}, annotate={"n_traces": 3})
+    found, dropped = traces.gather(p, tmp_path, templated)
+    assert not dropped and len(found) == 3
+    for problem in found:
+        given = texts[int(problem.id)]
+        passage = readings.passages([problem], templated)[0].ids.tolist()
+        row = Annotated(
+            **problem.model_dump(include={"id", "prompt", "answer", "trace"}), spans=[], share=0, annotator="x"
+        )
+        learned = sft.example(templated, row)["input_ids"][:-1]
+        own = row.model_copy(update={"trace": given})  # annotated traces of one's own come as they are
+        assert sft.example(templated, own)["input_ids"][:-1] == learned == passage
+        read = templated.decode(passage)
+        assert read.count("<think>") == (2 if "off" in opened else 1) or templated.chat_template != TEMPLATES["opens"]
+        assert read.endswith(given.removeprefix("<think>").lstrip("\n"))
+        asked = templated.apply_chat_template(
+            [{"role": "user", "content": "3+4?"}], add_generation_prompt=True, tokenize=False
+        )
+        assert read.startswith(asked)
+        assert prompts.whole(templated, problem.worked).startswith("<think>") == (bool(opened) or "<think>" in given)
+
+
+def test_a_thought_that_the_prompt_opened_is_still_open_where_it_was_cut(templated):
+    cut = "Maybe \\boxed{7}? Wait, no"
+    problem = Problem(id="0", prompt="3+4?", answer="7")
+    graded = verdict(prompts.whole(templated, cut), problem)
+    assert graded.correct == (not prompts.opening(templated))
+    assert graded.reason == ("still thinking" if prompts.opening(templated) else "same text")
+
+
+def test_two_models_are_asked_with_prompts_that_end_alike(tokenizer):
+    """Whatever their templates: what either writes goes on behind both."""
+    opens, without, bare = (twins.trained() for _ in range(3))
+    opens.chat_template, without.chat_template = TEMPLATES["opens"], TEMPLATES["without"]
+    bare.chat_template = None
+    for first, end in ((opens, "<think>\n"), (without, "]")):
+        for ids, each in zip(prompts.encode_for_each([first, opens, without], ["3+4?"]), (first, opens, without)):
+            assert each.decode(ids[0]).endswith(end)
+    assert bare.decode(prompts.encode_for_each([opens, bare], ["3+4?"])[1][0]) == "3+4?<think>\n"
+
+
+def test_what_is_too_long_is_dropped_before_any_is_scored(tokenizer, tmp_path):
+    rows = [{"id": str(n), "prompt": "3+4?", "answer": "7", "trace": "3+4=7;" * n} for n in (1, 10, 30)]
+    path = str(write_jsonl(tmp_path / "x.jsonl", rows))
+
+    def kept(max_length, *contexts):
+        p = Params(run="x", data={"traces": path}, annotate={"n_traces": 3}, sft={"max_length": max_length})
+        models = {str(at): SimpleNamespace(context=context) for at, context in enumerate(contexts)}
+        found, dropped = traces.gather(p, tmp_path, tokenizer, models)
+        return sorted(int(x.id) for x in found), dropped
+
+    assert kept(1000) == ([1, 10, 30], {})
+    assert kept(65) == ([1, 10], {"it has more tokens than sft.max_length or a model's context holds (65)": 1})
+    assert kept(64)[0] == [1] and kept(1000, 500, 65)[0] == [1, 10]
+    with pytest.raises(SrlibError, match=r"No trace can be annotated: 3 dropped: it has more tokens .* \(16\)"):
+        p = Params(run="x", data={"traces": path}, annotate={"n_traces": 3}, sft={"max_length": 16})
+        traces.gather(
+            p.model_copy(update={"offload": p.offload.model_copy(update={"hint": "!" * 9})}), tmp_path, tokenizer
+        )

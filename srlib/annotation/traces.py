@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from srlib import SrlibError
 from srlib.data import digests, grade, problems, spans
 from srlib.data.journal import Journal
+from srlib.data.prompts import continuation, encode_prompts, whole
 from srlib.data.rows import Problem
 from srlib.decoding.policies import Always
 from srlib.decoding.scheduler import Offloader
 from srlib.engine.protocol import Engine
 from srlib.params import Annotate, Offload, Params
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def gather(p: Params, folder: Path, big: Engine | None = None) -> tuple[list[Problem], Counter[str]]:
+
+def gather(
+    p: Params, folder: Path, tokenizer: PreTrainedTokenizerBase, models: Mapping[str, Engine] = MappingProxyType({})
+) -> tuple[list[Problem], Counter[str]]:
     """The traces that stage 01 annotates, and how many were dropped, by reason.
 
     With `annotate.tries` they are written here, with a journal in `folder`. Tags that a trace has
-    are taken out, unless they are what is wanted.
+    are taken out, unless they are what is wanted, and so is a `<think>` that the prompt ends with. One
+    that is longer, with its prompt, than `sft.max_length` or what a model reads is dropped.
 
     Args:
-        big: an engine, if it writes.
+        tokenizer: of the small model.
+        models: the engines that `annotate.engines` names, by side.
     """
     config = p.annotate
     dropped: Counter[str] = Counter()
@@ -37,13 +46,27 @@ def gather(p: Params, folder: Path, big: Engine | None = None) -> tuple[list[Pro
         decides = [digests.of_model(p.big), p.offload.settings, config.tries, config.temperature, p.seed]
         found = [problem.model_copy(update={"trace": None}) for problem in found]
         with Journal(folder / f"written-{digests.of(decides, 8)}.journal.jsonl") as journal:
-            found, wrong = write(big, found, config, p.offload, p.seed, journal)
+            found, wrong = write(models.get("big"), found, config, p.offload, p.seed, journal)
         dropped += wrong
         if not found:
             raise SrlibError(f"The big model wrote no right trace: {problems.told(dropped)}.")
-    if config.method != "given":
-        found = [problem.model_copy(update={"trace": spans.strip(problem.worked)}) for problem in found]
-    return found, dropped
+    most = min([p.sft.max_length, *(engine.context for engine in models.values())])
+    asked = encode_prompts(tokenizer, [problem.prompt + p.offload.hint for problem in found])
+    kept = []
+    for problem, ids in zip(found, asked):
+        trace = problem.worked if config.method == "given" else spans.strip(problem.worked)
+        trace = continuation(tokenizer, trace)
+        room = most - len(ids) - 1  # for its end of text
+        # No token is less than a byte, and bytes are quickly counted.
+        if len(trace.encode()) > room and len(tokenizer.encode(trace, add_special_tokens=False)) > room:
+            dropped[f"it has more tokens than sft.max_length or a model's context holds ({most})"] += 1
+        elif not trace.strip():
+            dropped["it has nothing behind <think>"] += 1
+        else:
+            kept.append(problem.model_copy(update={"trace": trace}))
+    if not kept:
+        raise SrlibError(f"No trace can be annotated: {problems.told(dropped)}.")
+    return kept, dropped
 
 
 def key(problem: Problem) -> str:
@@ -93,7 +116,7 @@ def _sampled(
         writer.raise_if_failed(traces)
         wrong = []
         for problem, trace in zip(left, traces):
-            text = trace.text(writer.tokenizer)
+            text = whole(writer.tokenizer, trace.text(writer.tokenizer))
             if trace.finish == "eos" and grade.verdict(text, problem, offload.hint).correct:
                 yield {"key": key(problem), "trace": text, "tries": attempt + 1}
             else:

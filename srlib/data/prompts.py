@@ -1,4 +1,4 @@
-"""Prompts: how a question is put to a model, in words and in ids."""
+"""Prompts: how a question is put to a model, in words and in ids; what one ends with, and what a trace begins with."""
 
 from __future__ import annotations
 
@@ -22,22 +22,63 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> li
 
 
 def encode_for_each(tokenizers: list[PreTrainedTokenizerBase], prompts: list[str]) -> list[list[list[int]]]:
-    """`encode_prompts` for each of `tokenizers`; a chat template that several share is filled in once."""
+    """`encode_prompts` for each of `tokenizers`; a chat template that several share is filled in once.
+
+    All prompts end as that of the first does (see `opening`): what the models write goes on behind each.
+    """
     ids_alone = {"return_attention_mask": False}
-    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    end = opening(tokenizers[0])
     filled: dict[tuple[Any, ...], list[str]] = {}
     encoded: list[list[list[int]]] = []
     for tokenizer in tokenizers:
+        own = opening(tokenizer)
         if not prompts:
             encoded.append([])
         elif tokenizer.chat_template is None:
-            encoded.append(tokenizer(prompts, **ids_alone)["input_ids"])
+            encoded.append(tokenizer([prompt + end for prompt in prompts], **ids_alone)["input_ids"])
         else:
             key = (type(tokenizer), str(tokenizer.chat_template), str(tokenizer.special_tokens_map))
             if key not in filled:
-                filled[key] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                filled[key] = [text.removesuffix(own) + end for text in _filled(tokenizer, prompts)]
             encoded.append(tokenizer(filled[key], add_special_tokens=False, **ids_alone)["input_ids"])
     return encoded
+
+
+THINK = "<think>"
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a prompt ends with that is the beginning of the answer: `<think>` and what follows, or nothing.
+
+    Chat templates of the R1 family write it behind the assistant's mark, so the model does not.
+    """
+    if tokenizer.chat_template is None:
+        return ""
+    return _opening(_filled(tokenizer, ["?"])[0])
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A worked trace as it goes on behind a prompt: without the beginning that stands in the prompt already."""
+    own = opening(tokenizer)
+    trace = text.lstrip()
+    if not own or not trace.startswith(THINK):
+        return text
+    return trace.removeprefix(THINK).removeprefix(own.removeprefix(THINK))
+
+
+def whole(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """What a model wrote behind a prompt, with the beginning that stands in the prompt: what is graded."""
+    return opening(tokenizer) + text
+
+
+def _filled(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def _opening(prompt: str) -> str:
+    before, mark, after = prompt.rpartition(THINK)
+    return mark + after if mark and not after.strip() else ""
 
 
 FORMATS = {

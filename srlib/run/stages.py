@@ -53,7 +53,7 @@ STAGES = {
         Stage("00_arith_pair", ("arith", *PAIR, "data.test")),
         Stage(
             "01_annotate",
-            ("annotate", *PAIR, "data.traces", "offload.hint"),
+            ("annotate", *PAIR, "data.traces", "offload.hint", "sft.max_length"),
             ("pair", "traces"),
             {"offload": lambda p: p.annotate.tries, **TRACES},
         ),

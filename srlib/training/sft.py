@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from srlib import SrlibError
-from srlib.data.prompts import encode_prompt
+from srlib.data.prompts import continuation, encode_prompt
 from srlib.data.rows import Annotated, write_json
 from srlib.engine.adapters import add_tags, embedding_rows, ready_for_trl, write_adapter
 from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
@@ -32,7 +32,8 @@ def example(tokenizer: PreTrainedTokenizerBase, row: Annotated, hint: str = "") 
     not over yet. `hint` stands behind the problem, as where the trained model writes.
     """
     prompt = encode_prompt(tokenizer, row.prompt + hint)
-    completion = tokenizer.encode(row.tagged, add_special_tokens=False) + [tokenizer.eos_token_id]
+    tagged = continuation(tokenizer, row.tagged)
+    completion = tokenizer.encode(tagged, add_special_tokens=False) + [tokenizer.eos_token_id]
     return {"input_ids": prompt + completion, "labels": [LABEL_IGNORED] * len(prompt) + completion}
 
 
@@ -43,7 +44,7 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
         the trainer's log, a record every few steps with `step`, `epoch` and `loss` (nats a token).
 
     Raises:
-        SrlibError: no trace has a span, or one is longer than `max_length`.
+        SrlibError: no trace has a span, or none is within `max_length`; single ones beyond it are left out and told.
     """
     if not any(row.spans for row in rows):
         raise SrlibError("No annotated trace has a span, so there is nothing to learn: lower annotate.threshold.")
@@ -52,10 +53,13 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     tokens = add_tags(tokenizer) if config.tags == "token" else None
     fit_embeddings(model, tokenizer)
     examples = [example(tokenizer, row, hint) for row in rows]
-    longest = max(len(e["input_ids"]) for e in examples)
-    if longest > config.max_length:
-        raise SrlibError(f"sft.max_length is {config.max_length}, but the longest trace has {longest} tokens.")
-    steps = len(rows) * config.epochs / (config.batch_size * config.gradient_accumulation_steps)
+    fitting = [each for each in examples if len(each["input_ids"]) <= config.max_length]
+    if not fitting:
+        shortest = min(len(each["input_ids"]) for each in examples)
+        raise SrlibError(f"sft.max_length is {config.max_length}, but the shortest trace has {shortest} tokens.")
+    if longer := len(examples) - len(fitting):
+        print(f"{longer} of {len(examples)} traces are left out: they have more than {config.max_length} tokens")
+    steps = len(fitting) * config.epochs / (config.batch_size * config.gradient_accumulation_steps)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -75,7 +79,7 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
             dataloader_pin_memory=device_of(small) != "cpu",
             seed=seed,
         ),
-        train_dataset=Dataset.from_list(examples),
+        train_dataset=Dataset.from_list(fitting),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=config.lora_rank,

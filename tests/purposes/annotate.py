@@ -26,7 +26,7 @@ def tagged(case: Case, value: Any) -> Annotated:
     path = write_jsonl(case.folder / "t.jsonl", [{"id": "t", "prompt": "?", "answer": "56", "trace": TAGGED}])
     changes = {"data.traces": str(path), "annotate.method": "given", "annotate.n_traces": 1}
     p = case.params({"annotate.max_share": 0.6, **changes, case.key: value})
-    (row,) = rows(case, p, traces.gather(p, case.folder)[0])
+    (row,) = rows(case, p, traces.gather(p, case.folder, case.fixture("tokenizer"))[0])
     return row
 
 
@@ -62,7 +62,7 @@ def written(case: Case, value: Any, changes: dict[str, Any]) -> tuple[list[Probl
     with case.fixture("monkeypatch").context() as patch:
         patch.setattr(traces.grade, "verdict", verdict)
         patch.setattr(big, "open", opened)
-        found, _ = traces.gather(p, case.folder, big)
+        found, _ = traces.gather(p, case.folder, case.fixture("tokenizer"), {"big": big})
     lines = [line for file in case.folder.glob("written-*") for line in file.read_text().splitlines()]
     return found, temperatures, list(map(json.loads, lines))
 
@@ -77,7 +77,7 @@ def who_marks(case: Case) -> None:
 def how_many_are_annotated(case: Case) -> None:
     path = write_jsonl(case.folder / "t.jsonl", worked(64))
     p = case.params({"data.traces": str(path), "annotate.n_traces": 5})
-    assert len(traces.gather(p, case.folder)[0]) == 5
+    assert len(traces.gather(p, case.folder, case.fixture("tokenizer"))[0]) == 5
 
 
 @shows("annotate.tries")
