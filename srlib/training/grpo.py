@@ -70,7 +70,12 @@ def train(
     Raises:
         SrlibError: there are fewer problems than a step has rollouts of.
     """
-    enough(problems, config)
+    groups = config.batch_size // config.num_generations
+    if len(problems) < groups:  # of which TRL would train no step, and say nothing
+        raise SrlibError(
+            f"A step of grpo has rollouts of {groups} problems, and there are {len(problems)}: give more, or lower "
+            f"grpo.batch_size to {len(problems) * config.num_generations}."
+        )
     model, tokenizer = load_model(tuned, trainable=True)
     paid = weights(config)
     rollouts = Rollouts(tokenizer, big, problems, config, offload, seed, folder / "samples.jsonl", tuned.context)
@@ -139,20 +144,6 @@ def _arguments(tuned: ModelSpec, config: Grpo, offload: Offload, seed: int, fold
     )
 
 
-def enough(problems: Sequence[Problem], config: Grpo) -> None:
-    """Check that there are problems for a step; with fewer, TRL would train none and say nothing.
-
-    Raises:
-        SrlibError: there are not.
-    """
-    groups = config.batch_size // config.num_generations
-    if len(problems) < groups:
-        raise SrlibError(
-            f"A step of grpo has rollouts of {groups} problems (batch_size / num_generations), and there are "
-            f"{len(problems)}: give more, or lower grpo.batch_size to {len(problems) * config.num_generations}."
-        )
-
-
 def _taken_up(trainer: GRPOTrainer, rollouts: Rollouts, folder: Path) -> str | None:
     """The checkpoint that a killed run has left, if one is whole; what is not, or came after it, is dropped."""
     found = {int(each.name.rpartition("-")[2]): each for each in (folder / "trainer").glob("checkpoint-*")}
@@ -176,7 +167,6 @@ def _taken_up(trainer: GRPOTrainer, rollouts: Rollouts, folder: Path) -> str | N
 def run(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
     """`train` as the params ask for it, in this process."""
     tasks = load_traces(p, p.grpo.n_problems)
-    enough(tasks, p.grpo)
     big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None
     small = p.rollout_small if p.grpo.use_vllm else None
     return train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, folder, small)

@@ -121,9 +121,10 @@ class Rollouts:
     def rollout(self, group: str, problem: Problem, trace: Trace) -> Rollout:
         """The counts that rewards are made of; with `rollout: self`, what the small model asks for counts as big."""
         text = self.tokenizer.decode(trace.ids, skip_special_tokens=True)
+        begun = self.tokenizer.decode(trace.prompt_ids[-8:]).rstrip().endswith("<think>")  # as R1's template has it
         plain = spans.inside(trace.ids, trace.tags)
         return Rollout(
-            text=text,
+            text="<think>" * begun + text,
             correct=verdict(spans.strip(text), problem, self.offload.hint).correct,
             group=group,
             prompt_tokens=len(trace.prompt_ids),
