@@ -36,12 +36,10 @@ def problems():
     return list(islice(arith.generate(Arith(min_steps=1, max_steps=2), "traces", 0), 8))
 
 
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """A small model on disk with an untrained adapter and tags it writes often, and a big engine."""
+def make_tuned(folder) -> ModelSpec:
+    """A small model on disk with an untrained adapter and tags it writes often."""
     from peft import LoraConfig, get_peft_model
 
-    folder = tmp_path_factory.mktemp("models")
     tokenizer = arith.tokenizer()
     random_model(len(tokenizer), 1, loud=(0,)).save_pretrained(folder / "small")
     tokenizer.save_pretrained(folder / "small")
@@ -58,6 +56,11 @@ def tuned(tmp_path_factory):
     peft.save_pretrained(folder / "adapter", save_embedding_layers=False)
     tokenizer.save_pretrained(folder / "adapter")
     return spec.model_copy(update={"adapter": str(folder / "adapter")})
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    return make_tuned(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

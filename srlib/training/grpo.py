@@ -90,7 +90,9 @@ def train(
         callbacks=[_Progress()],
     )
     ready_for_trl(trainer.model)
-    for adapter in trainer.model.peft_config:  # TRL may have rounded the one, and its copy for the KL lacks the tags' rows
+    for (
+        adapter
+    ) in trainer.model.peft_config:  # TRL may have rounded the one, and its copy for the KL lacks the tags' rows
         trainer.model.load_adapter(tuned.adapter, adapter)
     if rollout_small is not None:
         # In the place of TRL's own vLLM: TRL has it synchronised before each batch of rollouts, and corrects the
