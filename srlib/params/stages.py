@@ -268,11 +268,14 @@ class Grpo(Section):
     )
     preset: Literal["offload", "paper", "relay"] = Field("offload", description="ready-made weights of the rewards")
     reward_weights: dict[str, float] = Field(
-        {}, description=f"laid over those of the preset, for each of {', '.join(REWARD_NAMES)}"
+        {},
+        description=f"laid over those of the preset, for each of {', '.join(REWARD_NAMES)}; scale_rewards decides what "
+        "a weight does",
     )
     coverage_target: float = Field(0.4, gt=0, lt=1, description="offload share at which the reward coverage is highest")
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
-        "sum_then_normalize", description="advantages of the weighted sum of rewards, or of each reward and then summed"
+        "sum_then_normalize",
+        description="advantages of the weighted sum of rewards, or of each reward in its group, weighted and summed",
     )
     n_problems: int = Field(4000, ge=1, description="problems that rollouts are written for, drawn at random")
     max_steps: int = Field(100, ge=1, description="steps of training")
@@ -305,7 +308,9 @@ class Grpo(Section):
         "the step; dr_grpo: their sum by the rollouts times offload.max_tokens",
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="whose standard deviation an advantage is divided by"
+        "group",
+        description="whose standard deviation advantages are divided by; group: where one reward alone differs in a "
+        "group, any weight of it does the same; batch, none: it counts in proportion to its weight",
     )
     save_steps: int = Field(50, ge=1, description="steps between checkpoints, of which the last is kept")
     sample_every: int = Field(10, ge=1, description="steps between completions kept in samples.jsonl")
