@@ -244,7 +244,9 @@ def test_an_adapter_on_quantised_weights_is_trained_in_full_precision(tuned, big
     spec = tuned.model_copy(update={"quantization": "nf4"})
     config = CONFIG.model_copy(update={"learning_rate": 1e-6, "preset": "paper"})
     grpo.train(spec, big, problems, config, OFFLOAD, SPEED, 0, tmp_path)
-    before, after = (load_file(f"{folder}/adapter_model.safetensors") for folder in (tuned.adapter, tmp_path / "adapter"))
+    before, after = (
+        load_file(f"{folder}/adapter_model.safetensors") for folder in (tuned.adapter, tmp_path / "adapter")
+    )
     moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before])
     assert 0 < moved.max() < 1e-5 and (moved > 0).float().mean() > 0.9
 
@@ -307,7 +309,10 @@ def test_two_problems_may_ask_the_same(tuned, big, tmp_path, spy):
     ("given", "message"),
     [
         ({"n_problems": 15}, "n_problems 15 is below the 16 that a step has rollouts of"),
-        ({"aggregation": "normalize_then_sum", "scale_rewards": "none"}, "scale_rewards none needs aggregation: sum_then"),
+        (
+            {"aggregation": "normalize_then_sum", "scale_rewards": "none"},
+            "scale_rewards none needs aggregation: sum_then",
+        ),
         ({"aggregation": "normalize_then_sum", "scale_rewards": "batch"}, "scale_rewards batch needs aggregation"),
     ],
 )

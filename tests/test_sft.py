@@ -88,6 +88,9 @@ def test_plain_tags(saved, tmp_path):
     sft.train(spec, annotated(16), config, 0, tmp_path)
     tuned = engine.load(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
     assert len(tuned.tokenizer) == len(arith.tokenizer())
+    before, after = (each.model.get_input_embeddings().weight for each in (engine.load(spec), tuned))
+    moved = (before != after).any(1).nonzero().flatten().tolist()
+    assert sorted(tuned.tokenizer.decode([i]) for i in moved) == sorted(set("<bigmodel></bigmodel>"))
     big = engine.load(spec)
     (trace,) = scheduler.Offloader(tuned, big, policies.Learned(), max_tokens=60, span_budget=2).run(["2*3+1?"])
     assert "<bigmodel>" in tuned.tokenizer.decode(trace.ids)
@@ -110,7 +113,9 @@ def test_same_seed_same_adapter(saved, tmp_path):
 def test_an_adapter_that_is_given_stays(saved, tmp_path):
     """Stage 02 trains on base and adapter together, and what it leaves is loaded as it was in memory."""
     spec = saved(True)
-    sft.train(spec, annotated(16), Sft(epochs=20, batch_size=8, learning_rate=2e-2, tags="plain"), 0, tmp_path / "given")
+    sft.train(
+        spec, annotated(16), Sft(epochs=20, batch_size=8, learning_rate=2e-2, tags="plain"), 0, tmp_path / "given"
+    )
     p = Params(
         run="run",
         outputs=str(tmp_path),
@@ -119,7 +124,9 @@ def test_an_adapter_that_is_given_stays(saved, tmp_path):
         offload={"max_tokens": 24},
         grpo={"batch_size": 4, "num_generations": 4, "n_problems": 2, "max_steps": 1, "beta": 0.1, "save_steps": 9},
     )
-    write_jsonl(tmp_path / "problems.jsonl", [Problem(id=str(i), prompt=f"{i}+1?", answer=str(i + 1)) for i in range(2)])
+    write_jsonl(
+        tmp_path / "problems.jsonl", [Problem(id=str(i), prompt=f"{i}+1?", answer=str(i + 1)) for i in range(2)]
+    )
     log = sft.train(p.small, annotated(16), Sft(epochs=1, batch_size=16, learning_rate=1e-7), 0, p.stage_dir("02_sft"))
     (trace,) = annotated(1)
 

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 def add_tags(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Make each tag one token of the tokenizer; returns the two ids."""
     tokenizer.add_tokens([OPEN, CLOSE])
-    return tokenizer.convert_tokens_to_ids([OPEN, CLOSE])
+    return pieces_of_tags(tokenizer)
+
+
+def pieces_of_tags(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tags are written with, each once: two where they are tokens."""
+    return list(dict.fromkeys(i for tag in (OPEN, CLOSE) for i in tokenizer.encode(tag, add_special_tokens=False)))
 
 
 def write_adapter(trainer: Trainer, folder: Path) -> None:
@@ -48,10 +53,8 @@ def ready_for_trl(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.float()
 
 
-def embedding_rows(model: PreTrainedModel, tokens: list[int] | None) -> dict[str, list[int]] | None:
+def embedding_rows(model: PreTrainedModel, tokens: list[int]) -> dict[str, list[int]]:
     """The rows of the embeddings to train; the output layer has rows of its own unless it is tied."""
-    if tokens is None:
-        return None
     names = {id(module): name.split(".")[-1] for name, module in model.named_modules()}
     rows = {names[id(model.get_input_embeddings())]: tokens}
     if not model.config.tie_word_embeddings:

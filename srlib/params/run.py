@@ -153,6 +153,6 @@ class Params(Section):
         return (find(given) or Path(given)) if given else self.where("01_annotate") / "annotated.jsonl"
 
     def _resolve(self, spec: ModelSpec, name: str) -> ModelSpec:
-        path = spec.path or str(self.where("00_arith_pair") / name)
-        local = find(path)
-        return spec.model_copy(update={"path": str(local) if local else path})
+        named = {"path": spec.path or str(self.where("00_arith_pair") / name), "adapter": spec.adapter}
+        local = {key: str(find(path) or path) for key, path in named.items() if path is not None}
+        return spec.model_copy(update=local)

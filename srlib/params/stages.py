@@ -213,7 +213,9 @@ class Sft(Section):
     annotated: str | None = Field(
         None, min_length=1, description="a JSONL file of annotated traces of your own, in place of what 01 writes"
     )
-    tags: Literal["token", "plain"] = Field("token", description="a tag is one added token, or plain text")
+    tags: Literal["token", "plain"] = Field(
+        "token", description="a tag is one added token, or plain text; the embeddings it is written with are trained"
+    )
     lora_rank: int = Field(16, ge=1, description="rank of the adapter's matrices")
     lora_alpha: int = Field(32, ge=1, description="the adapter is scaled by lora_alpha / lora_rank")
     epochs: float = Field(3, gt=0, description="times every trace is trained on")

@@ -2,7 +2,8 @@
 
 Deviations from the paper (section on training): LoRA in place of a full fine-tune, and tags
 that are one added token each, whose embeddings are trained with the adapter. `tags: plain`
-keeps the paper's plain text.
+keeps the paper's plain text; the embeddings of its pieces are trained, too, as a full fine-tune
+would: a model may never have met them, as that of the arithmetic world has met no letter.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from srlib import SrlibError
 from srlib.data.prompts import encode_prompt
 from srlib.data.rows import Annotated, write_json
-from srlib.engine.adapters import add_tags, embedding_rows, merge, ready_for_trl, write_adapter
+from srlib.engine.adapters import add_tags, embedding_rows, merge, pieces_of_tags, ready_for_trl, write_adapter
 from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
 from srlib.params import ModelSpec, Sft
 
@@ -76,7 +77,7 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     if small.adapter is not None:
         small = small.model_copy(update={"path": str(merge(small, folder / "merged")), "adapter": None})
     model, tokenizer = load_model(small)
-    tokens = add_tags(tokenizer) if config.tags == "token" else None
+    tokens = add_tags(tokenizer) if config.tags == "token" else pieces_of_tags(tokenizer)
     fit_embeddings(model, tokenizer)
     examples = [example(tokenizer, row) for row in rows]
     longest = max(len(e["input_ids"]) for e in examples)
