@@ -75,6 +75,7 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
         raise SrlibError("No annotated trace has a span, so there is nothing to learn: lower annotate.threshold.")
     set_seed(seed)
     if small.adapter is not None:
+        shutil.rmtree(folder / "merged", ignore_errors=True)  # of a base that may have been made again since
         small = small.model_copy(update={"path": str(merge(small, folder / "merged")), "adapter": None})
     model, tokenizer = load_model(small)
     tokens = add_tags(tokenizer) if config.tags == "token" else pieces_of_tags(tokenizer)
