@@ -21,7 +21,7 @@ from srlib.engine.adapters import add_tags, embedding_rows
 from srlib.engine.models import fit_embeddings, load_model
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import Arith, Grpo, Latency, ModelSpec, Offload, Params, Sft
-from srlib.training import grpo, launch, rollouts, sft
+from srlib.training import grpo, launch, rewards, rollouts, sft
 from tests.conftest import random_model
 from tests.test_sft import annotated
 
@@ -303,6 +303,18 @@ def test_two_problems_may_ask_the_same(tuned, big, tmp_path, spy):
     trace = Trace(prompt_ids=[5], ids=right, owners=[SMALL] * len(right), tags=Tags.of(func.tokenizer))
     made = [func.rollout(str(number), twins[number], trace) for number in (0, 1)]
     assert [(r.group, r.correct) for r in made] == [("0", False), ("1", True)]
+
+
+def test_a_thought_that_the_prompt_begins_is_part_of_what_is_paid():
+    task = Problem(id="0", prompt="1+1?", answer="2")
+    func = rollouts.Rollouts(arith.tokenizer(), None, [task], CONFIG, OFFLOAD, 0, None)
+    ids, tags = func.tokenizer.encode("1+1=2;</think>\\boxed{2}"), Tags.of(func.tokenizer)
+    begun, bare = (
+        func.rollout("0", task, Trace(func.tokenizer.encode(prompt), tags, ids, [SMALL] * len(ids)))
+        for prompt in ("1+1?<think>", "1+1?")
+    )
+    assert begun.text == "<think>" + bare.text and begun.correct and begun.tokens == len(ids)
+    assert [rewards.scaffold([each], None) for each in (begun, bare)] == [[2.0], [1.0]]
 
 
 @pytest.mark.parametrize(
