@@ -16,13 +16,14 @@ from srlib.data import arith
 from srlib.data.problems import load as load_problems
 from srlib.data.rows import Problem, write_jsonl
 from srlib.data.spans import Tags
-from srlib.decoding.trace import BIG, SMALL
+from srlib.decoding.trace import BIG, SMALL, Trace
 from srlib.engine.adapters import add_tags, embedding_rows
 from srlib.engine.models import fit_embeddings, load_model
 from srlib.engine.transformers import TransformersEngine
-from srlib.params import Arith, Grpo, Latency, ModelSpec, Offload, Params
-from srlib.training import grpo, launch, rollouts
+from srlib.params import Arith, Grpo, Latency, ModelSpec, Offload, Params, Sft
+from srlib.training import grpo, launch, rewards, rollouts, sft
 from tests.conftest import random_model
+from tests.test_sft import annotated
 
 OFFLOAD = Offload(max_tokens=24, span_budget=3, batch_size=16)
 CONFIG = Grpo(
@@ -36,12 +37,10 @@ def problems():
     return list(islice(arith.generate(Arith(min_steps=1, max_steps=2), "traces", 0), 8))
 
 
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """A small model on disk with an untrained adapter and tags it writes often, and a big engine."""
+def make_tuned(folder) -> ModelSpec:
+    """A small model on disk with an untrained adapter and tags it writes often."""
     from peft import LoraConfig, get_peft_model
 
-    folder = tmp_path_factory.mktemp("models")
     tokenizer = arith.tokenizer()
     random_model(len(tokenizer), 1, loud=(0,)).save_pretrained(folder / "small")
     tokenizer.save_pretrained(folder / "small")
@@ -58,6 +57,11 @@ def tuned(tmp_path_factory):
     peft.save_pretrained(folder / "adapter", save_embedding_layers=False)
     tokenizer.save_pretrained(folder / "adapter")
     return spec.model_copy(update={"adapter": str(folder / "adapter")})
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    return make_tuned(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -181,8 +185,10 @@ def test_foreign_tokens_have_no_gradient(tuned, big, problems, tmp_path, monkeyp
     assert predicting[mask].max() > 0
 
 
-def test_a_killed_training_is_taken_up(tuned, big, problems, tmp_path, monkeypatch):
-    whole = grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "whole")
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_a_killed_training_is_taken_up(tuned, big, problems, tmp_path, monkeypatch, beta):
+    config = CONFIG.model_copy(update={"beta": beta, "preset": "paper"})
+    whole = grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path / "whole")
     assert not list((tmp_path / "whole").rglob("*.pt"))
 
     class Killed(BaseException):
@@ -196,15 +202,161 @@ def test_a_killed_training_is_taken_up(tuned, big, problems, tmp_path, monkeypat
     write = rollouts.Rollouts.__call__
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(rollouts.Rollouts, "__call__", kill)
-        grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "cut")
+        grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path / "cut")
     assert not (tmp_path / "cut" / "adapter").exists()
     with (tmp_path / "cut" / "samples.jsonl").open("a") as file:  # of the step that was not finished
+        file.write('{"step": 0, "te\n')  # damaged
         file.write(json.dumps({"step": 1, "text": "lost", "correct": False, "share": 0.0}) + "\n")
-    log = grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "cut")
+    log = grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path / "cut")
     assert [r["step"] for r in log] == [1, 2]
-    assert [r["reward"] for r in log] == pytest.approx([r["reward"] for r in whole], abs=1e-5)
+    for name in ("reward", "loss", "grad_norm", "learning_rate", *(("kl",) if beta else ())):
+        assert [r[name] for r in log] == pytest.approx([r[name] for r in whole], rel=1e-3, abs=1e-5)
     samples = [json.loads(line) for line in (tmp_path / "cut" / "samples.jsonl").open()]
     assert {s["step"] for s in samples} == {0, 1} and "lost" not in {s["text"] for s in samples}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("tags", ["token", "plain"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_kl_is_to_the_policy_as_it_was_loaded(big, problems, tmp_path, tied, tags, quantization):
+    """Nothing at the first step, and something once the policy has moved, with every adapter that stage 02 makes."""
+    tokenizer = arith.tokenizer()
+    model = random_model(len(tokenizer), 4)
+    model.config.tie_word_embeddings = tied
+    if tied:
+        model.tie_weights()
+    model.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    spec = ModelSpec(path=str(tmp_path / "small"), quantization=quantization)
+    sft.train(spec, annotated(16), Sft(tags=tags, epochs=2, batch_size=8, learning_rate=2e-2), 0, tmp_path)
+    spec = spec.model_copy(update={"adapter": str(tmp_path / "adapter")})
+    config = CONFIG.model_copy(update={"beta": 0.5, "save_steps": 5, "preset": "paper"})
+    log = grpo.train(spec, big, problems, config, OFFLOAD, SPEED, 0, tmp_path / "grpo")
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-7)
+    assert log[1]["kl"] > 1e-3
+    assert not (tmp_path / "grpo" / "adapter" / "ref").exists()
+
+
+def test_an_adapter_on_quantised_weights_is_trained_in_full_precision(tuned, big, problems, tmp_path):
+    """In bfloat16, in which TRL puts it, steps as small as these would all round to nothing."""
+    from safetensors.torch import load_file
+
+    spec = tuned.model_copy(update={"quantization": "nf4"})
+    config = CONFIG.model_copy(update={"learning_rate": 1e-6, "preset": "paper"})
+    grpo.train(spec, big, problems, config, OFFLOAD, SPEED, 0, tmp_path)
+    before, after = (
+        load_file(f"{folder}/adapter_model.safetensors") for folder in (tuned.adapter, tmp_path / "adapter")
+    )
+    moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before])
+    assert 0 < moved.max() < 1e-5 and (moved > 0).float().mean() > 0.9
+
+
+def test_small_model_explores_and_big_one_answers_as_at_inference(tuned, big, problems, monkeypatch):
+    """TRL takes for granted that the policy's tokens are drawn from all, at the temperature it is told."""
+    offload = OFFLOAD.model_copy(update={"temperature": 0.6, "top_p": 0.05, "top_k": 3, "hint": ""})
+    func = rollouts.Rollouts(None, big, problems, CONFIG.model_copy(update={"temperature": 1.3}), offload, 0, None)
+    sampled = {}
+
+    class Writer(rollouts.Offloader):
+        def __init__(self, small, big, *arguments, **settings):
+            super().__init__(small, big, *arguments, **settings)
+            sampled.update(small=self.sampling, big=self.big_sampling)
+
+    monkeypatch.setattr(rollouts, "Offloader", Writer)
+    func.write(engine.load(tuned), [problem.prompt for problem in problems], 0)
+    assert sampled == {"small": (1.3, 1.0, 0), "big": (0.6, 0.05, 3)}
+
+
+def test_log_probabilities_are_trls(tuned, big, problems, tmp_path, spy, monkeypatch):
+    """With a temperature for rollouts and every other sampling for inference, rollouts and TRL's loss agree."""
+    compute, recomputed = grpo.GRPOTrainer._compute_loss, []
+
+    def spying(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        with torch.no_grad():
+            found, *_ = self._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].shape[1])
+        own = (inputs["tool_mask"] * inputs["completion_mask"]).bool()
+        recomputed.extend(found[own].tolist())
+        return compute(self, model, inputs)
+
+    monkeypatch.setattr(grpo.GRPOTrainer, "_compute_loss", spying)
+    offload = OFFLOAD.model_copy(update={"temperature": 0.6, "top_p": 0.5, "top_k": 2})
+    config = CONFIG.model_copy(update={"max_steps": 1, "temperature": 0.7})
+    grpo.train(tuned, big, problems, config, offload, SPEED, 0, tmp_path)
+    written = [p for row in spy[0]["logprobs"] for p in row if not math.isnan(p)]
+    assert sorted(recomputed) == pytest.approx(sorted(written), abs=1e-3)
+
+
+def test_rollouts_end_where_the_context_does(tuned, big, problems, tmp_path, spy):
+    config, room = CONFIG.model_copy(update={"max_steps": 1}), OFFLOAD.model_copy(update={"max_tokens": 60})
+    grpo.train(tuned.model_copy(update={"context": 20}), big, problems, config, room, SPEED, 0, tmp_path)
+    lengths = [len(p) + len(c) for p, c in zip(spy[0]["prompt_ids"], spy[0]["completion_ids"])]
+    assert max(lengths) == 20
+
+
+def test_two_problems_may_ask_the_same(tuned, big, tmp_path, spy):
+    """Each is graded by its own answer, and has a group of its own."""
+    twins = [Problem(id=str(i), prompt="1+1?", answer=answer) for i, answer in enumerate(("\\text{any}", "2"))]
+    func = rollouts.Rollouts(arith.tokenizer(), None, twins, CONFIG, OFFLOAD, 0, tmp_path / "samples.jsonl")
+    right = func.tokenizer.encode("<think></think>\\boxed{2}")
+    trace = Trace(prompt_ids=[5], ids=right, owners=[SMALL] * len(right), tags=Tags.of(func.tokenizer))
+    made = [func.rollout(str(number), twins[number], trace) for number in (0, 1)]
+    assert [(r.group, r.correct) for r in made] == [("0", False), ("1", True)]
+
+
+def test_a_thought_that_the_prompt_begins_is_part_of_what_is_paid():
+    task = Problem(id="0", prompt="1+1?", answer="2")
+    func = rollouts.Rollouts(arith.tokenizer(), None, [task], CONFIG, OFFLOAD, 0, None)
+    ids, tags = func.tokenizer.encode("1+1=2;</think>\\boxed{2}"), Tags.of(func.tokenizer)
+    begun, bare = (
+        func.rollout("0", task, Trace(func.tokenizer.encode(prompt), tags, ids, [SMALL] * len(ids)))
+        for prompt in ("1+1?<think>", "1+1?")
+    )
+    assert begun.text == "<think>" + bare.text and begun.correct and begun.tokens == len(ids)
+    assert [rewards.scaffold([each], None) for each in (begun, bare)] == [[2.0], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n_problems": 15}, "n_problems 15 is below the 16 that a step has rollouts of"),
+        (
+            {"aggregation": "normalize_then_sum", "scale_rewards": "none"},
+            "scale_rewards none needs aggregation: sum_then",
+        ),
+        ({"aggregation": "normalize_then_sum", "scale_rewards": "batch"}, "scale_rewards batch needs aggregation"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Grpo(**given)
+
+
+def test_too_few_problems_for_a_step(tuned, big, problems, tmp_path):
+    config = CONFIG.model_copy(update={"batch_size": 16})
+    with pytest.raises(SrlibError, match="rollouts of 4 problems, and there are 3: .* grpo.batch_size to 12"):
+        grpo.train(tuned, big, problems[:3], config, OFFLOAD, SPEED, 0, tmp_path)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_the_parts_of_a_step_do_not_matter(tuned, big, problems, tmp_path, loss_type):
+    config = CONFIG.model_copy(update={"batch_size": 16, "max_steps": 1, "loss_type": loss_type, "preset": "paper"})
+    whole, parts = (
+        grpo.train(
+            tuned,
+            big,
+            problems,
+            config.model_copy(update={"gradient_accumulation_steps": n}),
+            OFFLOAD,
+            SPEED,
+            0,
+            tmp_path / str(n),
+        )[0]
+        for n in (1, 4)
+    )
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3) and whole["grad_norm"] > 0.01
+    assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-5)
 
 
 def test_the_adapter_moves_and_loads(tuned, big, problems, tmp_path):

@@ -149,7 +149,9 @@ def test_alone_is_generate(pair, engines, prompts):
 def test_the_big_model_may_be_greedy_where_the_small_one_is_not(engines, prompts):
     for policy, same in ((Always(), True), (Never(), False)):
         alone = [t.ids for t in Offloader(*engines, policy, max_tokens=16).run(prompts[:8])]
-        sampled = Offloader(*engines, policy, max_tokens=16, temperature=2.0, big_temperature=0.0).run(prompts[:8])
+        sampled = Offloader(*engines, policy, max_tokens=16, temperature=2.0, big_sampling=(0.0, 1.0, 0)).run(
+            prompts[:8]
+        )
         assert ([t.ids for t in sampled] == alone) is same
 
 

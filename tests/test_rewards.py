@@ -38,7 +38,9 @@ def test_accuracy():
     [
         ("<think>a</think><answer>1</answer>", True, 2),
         ("<think>a</think><answer>1</answer>", False, 1),
-        ("<think>a</think>\\boxed{1}", True, 1),
+        ("<think>a</think>\\boxed{1}", True, 2),
+        ("<think>\na\n</think>\n\nSo it is\n\\[\\boxed{1}\\]\n", False, 1),
+        ("<think>\\boxed{1}</think>So it is 1", True, 1),
         ("a", False, 0),
     ],
 )

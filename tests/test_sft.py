@@ -5,12 +5,14 @@ import torch
 from safetensors import safe_open
 
 from srlib import SrlibError, engine
+from srlib.cost.latency import pair_speed
 from srlib.data import arith, spans
-from srlib.data.rows import Annotated
+from srlib.data.rows import Annotated, Problem, write_jsonl
 from srlib.data.spans import Span
 from srlib.decoding import policies, scheduler
-from srlib.params import ModelSpec, Sft
-from srlib.training import sft
+from srlib.engine.models import load_model
+from srlib.params import ModelSpec, Params, Sft
+from srlib.training import grpo, sft
 from tests.conftest import random_model
 
 
@@ -89,6 +91,9 @@ def test_plain_tags(saved, tmp_path):
     sft.train(spec, annotated(16), config, 0, tmp_path)
     tuned = engine.load(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
     assert len(tuned.tokenizer) == len(arith.tokenizer())
+    before, after = (each.model.get_input_embeddings().weight for each in (engine.load(spec), tuned))
+    moved = (before != after).any(1).nonzero().flatten().tolist()
+    assert sorted(tuned.tokenizer.decode([i]) for i in moved) == sorted(set("<bigmodel></bigmodel>"))
     big = engine.load(spec)
     (trace,) = scheduler.Offloader(tuned, big, policies.Learned(), max_tokens=60, span_budget=2).run(["2*3+1?"])
     assert "<bigmodel>" in tuned.tokenizer.decode(trace.ids)
@@ -108,7 +113,57 @@ def test_same_seed_same_adapter(saved, tmp_path):
     assert not (tmp_path / "a" / "trainer").exists()
 
 
+def test_an_adapter_that_is_given_stays(saved, tmp_path):
+    """Stage 02 trains on base and adapter together, and what it leaves is loaded as it was in memory."""
+    spec = saved(True)
+    sft.train(
+        spec, annotated(16), Sft(epochs=20, batch_size=8, learning_rate=2e-2, tags="plain"), 0, tmp_path / "given"
+    )
+    p = Params(
+        run="run",
+        outputs=str(tmp_path),
+        pair={"small": {"path": spec.path, "adapter": str(tmp_path / "given" / "adapter")}, "big": {"path": spec.path}},
+        data={"traces": str(tmp_path / "problems.jsonl")},
+        offload={"max_tokens": 24},
+        grpo={"batch_size": 4, "num_generations": 4, "n_problems": 2, "max_steps": 1, "beta": 0.1, "save_steps": 9},
+    )
+    write_jsonl(
+        tmp_path / "problems.jsonl", [Problem(id=str(i), prompt=f"{i}+1?", answer=str(i + 1)) for i in range(2)]
+    )
+    log = sft.train(p.small, annotated(16), Sft(epochs=1, batch_size=16, learning_rate=1e-7), 0, p.stage_dir("02_sft"))
+    (trace,) = annotated(1)
+
+    def loss(of):
+        model, tokenizer = load_model(of)
+        row = {name: torch.tensor([ids]) for name, ids in sft.example(tokenizer, trace).items()}
+        with torch.no_grad():
+            return model(**row).loss.item()
+
+    assert loss(p.tuned) == pytest.approx(log[-1]["loss"], abs=1e-3)
+    assert loss(spec) > loss(p.tuned) + 1  # which the adapter that was given has brought down
+    (step,) = grpo.run(p, pair_speed(p.latency), p.stage_dir("03_grpo"))
+    assert step["kl"] == pytest.approx(0, abs=1e-6)
+    assert loss(p.reinforced) == pytest.approx(loss(p.tuned), abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("small", "message"),
+    [({"merge": False}, "pair.small.merge is false"), ({"quantization": "nf4"}, "pair.small.quantization is nf4")],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused(small, message):
+    with pytest.raises(ValueError, match=message):
+        Params(run="x", pair={"small": {"path": "a", "adapter": "b", **small}})
+
+
+def test_bfloat16_on_a_cpu(saved, tmp_path):
+    spec = saved(True).model_copy(update={"dtype": "bfloat16", "device": "cpu"})
+    log = sft.train(spec, annotated(8), Sft(epochs=4, batch_size=8, learning_rate=2e-2), 0, tmp_path)
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
 def test_errors(saved, tmp_path):
+    with pytest.raises(ValueError, match="batch_size 6 is not a multiple of gradient_accumulation_steps 4"):
+        Sft(batch_size=6, gradient_accumulation_steps=4)
     spec = saved(True)
     plain = [row.model_copy(update={"spans": []}) for row in annotated(4)]
     with pytest.raises(SrlibError, match="No annotated trace has a span"):

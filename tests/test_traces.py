@@ -217,13 +217,15 @@ def test_a_thought_is_opened_once(templated, tmp_path):
             [{"role": "user", "content": "3+4?"}], add_generation_prompt=True, tokenize=False
         )
         assert read.startswith(asked)
-        assert prompts.whole(templated, problem.worked).startswith("<think>") == (bool(opened) or "<think>" in given)
+        assert prompts.with_opening(templated, problem.worked).startswith("<think>") == (
+            bool(opened) or "<think>" in given
+        )
 
 
 def test_a_thought_that_the_prompt_opened_is_still_open_where_it_was_cut(templated):
     cut = "Maybe \\boxed{7}? Wait, no"
     problem = Problem(id="0", prompt="3+4?", answer="7")
-    graded = verdict(prompts.whole(templated, cut), problem)
+    graded = verdict(prompts.with_opening(templated, cut), problem)
     assert graded.correct == (not prompts.opening(templated))
     assert graded.reason == ("still thinking" if prompts.opening(templated) else "same text")
 

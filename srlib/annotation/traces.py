@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from srlib import SrlibError
 from srlib.data import digests, grade, problems, spans
 from srlib.data.journal import Journal
-from srlib.data.prompts import continuation, encode_prompts, whole
+from srlib.data.prompts import continuation, encode_prompts, with_opening
 from srlib.data.rows import Problem
 from srlib.decoding.policies import Always
 from srlib.decoding.scheduler import Offloader
@@ -116,7 +116,7 @@ def _sampled(
         writer.raise_if_failed(traces)
         wrong = []
         for problem, trace in zip(left, traces):
-            text = whole(writer.tokenizer, trace.text(writer.tokenizer))
+            text = with_opening(writer.tokenizer, trace.text(writer.tokenizer))
             if trace.finish == "eos" and grade.verdict(text, problem, offload.hint).correct:
                 yield {"key": key(problem), "trace": text, "tries": attempt + 1}
             else:

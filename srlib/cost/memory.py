@@ -154,8 +154,9 @@ def models(p: Params, stage: str) -> dict[str, _Model]:
 
 def _shape(p: Params, spec: ModelSpec, side: str) -> Shape:
     side = "big" if side == "big" else "small"
-    if spec.path != str(p.where("00_arith_pair") / side):
-        return shape(spec.path)
+    path = p.small.path if spec.path == p.learner.path else spec.path  # what 02 merges has the same shape
+    if path != str(p.where("00_arith_pair") / side):
+        return shape(path)
     a = getattr(p.arith, side)  # 100: printable ASCII, the end, two tags of thought and two of this method
     heads = a.num_attention_heads
     return qwen2(a.hidden_size, a.num_hidden_layers, heads, heads, a.intermediate_size, 100, 512, tied=True)
@@ -187,7 +188,7 @@ def _needs(p: Params, stage: str) -> Iterator[Need]:
             parts["caches"] = 0.0 if model.spec.engine == "transformers" else model.caches(p.annotate.batch_size)
         if trained:
             c = p.sft if stage == "02_sft" else p.grpo
-            batch = c.batch_size if stage == "02_sft" else c.batch_size // workers // c.gradient_accumulation_steps
+            batch = c.batch_size // workers // c.gradient_accumulation_steps
             length = length if stage == "02_sft" else model.tokens
             if p.grpo.use_vllm and stage == "03_grpo":  # another copy writes
                 parts["caches"], active = 0.0, 0.0
@@ -303,11 +304,8 @@ def _knobs(p: Params, stage: str) -> Iterator[tuple[str, list[Any]]]:
     held, gpus = models(p, stage), p.hardware.gpus
     if stage in ("02_sft", "03_grpo"):
         yield f"{stage[3:]}.gradient_checkpointing", [True]
-    if stage == "03_grpo":
-        micro = down(p.grpo.batch_size // p.grpo.processes, 1)
-        yield "grpo.gradient_accumulation_steps", sorted(p.grpo.batch_size // p.grpo.processes // m for m in micro)
-    if stage == "02_sft":
-        yield "sft.batch_size", down(p.sft.batch_size, 1)
+        own = p.sft.batch_size if stage == "02_sft" else p.grpo.batch_size // p.grpo.processes
+        yield f"{stage[3:]}.gradient_accumulation_steps", sorted(own // micro for micro in down(own, 1))
     if stage == "01_annotate":
         yield "annotate.batch_size", down(p.annotate.batch_size, 1)
     if "big" in held and gpus > 1:

@@ -66,7 +66,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return trace.removeprefix(THINK).removeprefix(own.removeprefix(THINK))
 
 
-def whole(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def with_opening(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """What a model wrote behind a prompt, with the beginning that stands in the prompt: what is graded."""
     return opening(tokenizer) + text
 

@@ -71,7 +71,7 @@ class Duo:
         control_chunk: big tokens between two looks of the small model; tokens behind the place
             where it takes over are lost, so 1 wastes nothing. Always 1 if a tag is several tokens.
         temperature, top_p, top_k: of both models; temperature 0 is greedy.
-        big_temperature: of the big model, where it is to differ.
+        big_sampling: temperature, top_p and top_k of the big model, where they are to differ.
         stream_chunk: the big model reads along every so many tokens of the small one; 0: when asked.
         overlap: the big model writes its next chunk while the small one looks at the last; for
             engines that really work at the same time, as one in a process of its own does.
@@ -93,7 +93,7 @@ class Duo:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        big_temperature: float | None = None,
+        big_sampling: tuple[float, float, int] | None = None,
         stream_chunk: int = 0,
         overlap: bool = False,
         time: Callable[[], float] = time.perf_counter,
@@ -105,7 +105,7 @@ class Duo:
         self.max_tokens, self.span_budget = max_tokens, span_budget
         self.stream_chunk, self.overlap = stream_chunk, overlap
         self.sampling = (temperature, top_p, top_k)
-        self.big_sampling = (temperature if big_temperature is None else big_temperature, top_p, top_k)
+        self.big_sampling = big_sampling or self.sampling
         # Where a request is to stop: at the end of the text, or of the small model's at a tag, too.
         self.small_eos, self.big_eos = (tuple((i,) for i in engine.eos) if engine else () for engine in (small, big))
         self.tokenizer = self.engines[0].tokenizer

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 def add_tags(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Make each tag one token of the tokenizer; returns the two ids."""
     tokenizer.add_tokens([OPEN, CLOSE])
-    return tokenizer.convert_tokens_to_ids([OPEN, CLOSE])
+    return pieces_of_tags(tokenizer)
+
+
+def pieces_of_tags(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tags are written with, each once: two where they are tokens."""
+    return list(dict.fromkeys(i for tag in (OPEN, CLOSE) for i in tokenizer.encode(tag, add_special_tokens=False)))
 
 
 def write_adapter(trainer: Trainer, folder: Path) -> None:
@@ -31,24 +36,25 @@ def write_adapter(trainer: Trainer, folder: Path) -> None:
         config.target_modules = sorted(config.target_modules)  # a set, written in any order
     # The tags' rows are saved with the adapter; the rest of the grown embeddings is the base model's.
     with saving(folder):
-        trainer.model.save_pretrained(folder, save_embedding_layers=False)
+        trainer.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
         trainer.processing_class.save_pretrained(folder)
 
 
 def ready_for_trl(model: PreTrainedModel) -> None:
-    """Two mends: for TRL's fused loss, and for 4-bit weights on a CPU."""
+    """Three mends: for TRL's fused loss, for 4-bit weights on a CPU, and for adapters on quantised weights."""
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's wrapper around trained rows has none, and TRL asks for it
         head.bias = None
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' packing for inference has no backward
             module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # which TRL has cast to bfloat16: a small step would round to none
+            parameter.data = parameter.data.float()
 
 
-def embedding_rows(model: PreTrainedModel, tokens: list[int] | None) -> dict[str, list[int]] | None:
+def embedding_rows(model: PreTrainedModel, tokens: list[int]) -> dict[str, list[int]]:
     """The rows of the embeddings to train; the output layer has rows of its own unless it is tied."""
-    if tokens is None:
-        return None
     names = {id(module): name.split(".")[-1] for name, module in model.named_modules()}
     rows = {names[id(model.get_input_embeddings())]: tokens}
     if not model.config.tie_word_embeddings:
@@ -77,19 +83,23 @@ def beside(spec: ModelSpec) -> bool:
     return pure and (not spec.merge or spec.quantization != "none")
 
 
-def merge(spec: ModelSpec) -> Path:
-    """Folder with base and adapter of `spec` as one model; made whole or not at all, anew if the adapter is newer."""
+def merge(spec: ModelSpec, folder: Path | None = None) -> Path:
+    """Base and adapter of `spec` as one model, in `folder` (default: `merged`, in the adapter's own).
+
+    Made whole or not at all, anew if the adapter is newer. Returns the folder.
+    """
     from srlib.engine.models import dtype_of, load_model
 
     assert spec.adapter is not None
     adapter = Path(spec.adapter)
-    folder, dtype = adapter / "merged", str(dtype_of(spec)).removeprefix("torch.")
-    mark, source = folder / "source.json", json.dumps({"base": spec.path, "dtype": dtype})
+    folder, dtype = folder or adapter / "merged", str(dtype_of(spec)).removeprefix("torch.")
+    mark = folder / "source.json"
+    source = json.dumps({"base": spec.path, "adapter": spec.adapter, "dtype": dtype})
     newest = max(file.stat().st_mtime for file in adapter.iterdir() if file.is_file())
     if mark.is_file() and mark.read_text() == source and mark.stat().st_mtime >= newest:
         return folder
     model, tokenizer = load_model(spec.model_copy(update={"merge": True, "device": "cpu", "dtype": dtype}))
-    with saving(folder), tempfile.TemporaryDirectory(dir=adapter) as temporary:
+    with saving(folder), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made = Path(temporary) / "merged"
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from srlib.data import spans
 from srlib.data.grade import verdict
 from srlib.data.journal import Journal, write
-from srlib.data.prompts import whole
+from srlib.data.prompts import with_opening
 from srlib.data.rows import Problem
 from srlib.decoding.policies import Policy
 from srlib.decoding.scheduler import Offloader
@@ -189,5 +189,5 @@ def _grade(
         problem, text = problems[record["id"]], spans.strip(record["text"])
         for token in special:
             text = text.replace(token, "")
-        found = verdict(whole(tokenizer, text), problem, hint)
+        found = verdict(with_opening(tokenizer, text), problem, hint)
         record |= {"correct": found.correct, "answer": found.answer, "reason": found.reason}

@@ -21,7 +21,7 @@ import pandas as pd
 
 from srlib.data import spans
 from srlib.data.grade import verdict
-from srlib.data.prompts import whole
+from srlib.data.prompts import with_opening
 from srlib.data.rows import Problem
 from srlib.decoding.policies import Learned
 from srlib.decoding.scheduler import Offloader
@@ -96,7 +96,7 @@ def _row(
     problem: Problem, record: dict, request: int, trace: Trace, config: Offload, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     start, tokens, _ = record["handovers"][request]
-    found = verdict(whole(tokenizer, trace.text(tokenizer)), problem, config.hint)
+    found = verdict(with_opening(tokenizer, trace.text(tokenizer)), problem, config.hint)
     before = tokenizer.decode(trace.ids[:start])
     at = len(before)
     # the span of the refused request, as far as the small model closed it

@@ -73,6 +73,19 @@ class Params(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _adapter_can_be_merged(self) -> Params:
+        small = self.pair.small
+        if small.adapter is None or self.pair.tuned is not None:
+            return self
+        if not small.merge or small.quantization != "none":
+            held = "merge is false" if not small.merge else f"quantization is {small.quantization}"
+            raise ValueError(
+                f"stage 02 merges pair.small.adapter into the weights before it trains an adapter of its own, and "
+                f"pair.small.{held}; set merge to true and quantization to none"
+            )
+        return self
+
     @property
     def left_out(self) -> tuple[str, ...]:
         """Stages that make the tuned small model, where one is given."""
@@ -107,16 +120,23 @@ class Params(Section):
         return self._resolve(self.pair.small, "small")
 
     @property
+    def learner(self) -> ModelSpec:
+        """The small model that 02 and 03 lay their adapters on: one given in `pair.small` is merged in, by stage 02."""
+        if self.pair.small.adapter is None:
+            return self.small
+        return self.small.model_copy(update={"path": str(self.where("02_sft") / "merged"), "adapter": None})
+
+    @property
     def tuned(self) -> ModelSpec:
         """The small model with the adapter of stage 02 on top, or the one that is given."""
         if self.pair.tuned is not None:
             return self._resolve(self.pair.tuned, "small")
-        return self.small.model_copy(update={"adapter": str(self.where("02_sft") / "adapter")})
+        return self.learner.model_copy(update={"adapter": str(self.where("02_sft") / "adapter")})
 
     @property
     def reinforced(self) -> ModelSpec:
         """The small model with the adapter of stage 03 on top."""
-        return self.small.model_copy(update={"adapter": str(self.where("03_grpo") / "adapter")})
+        return self.learner.model_copy(update={"adapter": str(self.where("03_grpo") / "adapter")})
 
     @property
     def rollout_small(self) -> ModelSpec:
@@ -160,6 +180,6 @@ class Params(Section):
         return made
 
     def _resolve(self, spec: ModelSpec, name: str) -> ModelSpec:
-        path = spec.path or str(self.where("00_arith_pair") / name)
-        local = find(path)
-        return spec.model_copy(update={"path": str(local) if local else path})
+        named = {"path": spec.path or str(self.where("00_arith_pair") / name), "adapter": spec.adapter}
+        local = {key: str(find(path) or path) for key, path in named.items() if path is not None}
+        return spec.model_copy(update=local)

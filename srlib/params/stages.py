@@ -232,17 +232,30 @@ class Sft(Section):
     annotated: str | None = Field(
         None, min_length=1, description="a JSONL file of annotated traces of your own, in place of what 01 writes"
     )
-    tags: Literal["token", "plain"] = Field("token", description="a tag is one added token, or plain text")
+    tags: Literal["token", "plain"] = Field(
+        "token", description="a tag is one added token, or plain text; the embeddings it is written with are trained"
+    )
     lora_rank: int = Field(16, ge=1, description="rank of the adapter's matrices")
     lora_alpha: int = Field(32, ge=1, description="the adapter is scaled by lora_alpha / lora_rank")
     epochs: float = Field(3, gt=0, description="times every trace is trained on")
-    batch_size: int = Field(32, ge=1, description="traces in one pass")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="passes whose gradients make one step")
+    batch_size: int = Field(32, ge=1, description="traces that a step is trained on")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step's batch is worked through")
     gradient_checkpointing: bool = Field(False, description="keep less of the forward pass, and compute it again")
-    learning_rate: float = Field(3e-3, gt=0, description="highest; after the warm-up down to 0 along a cosine")
+    learning_rate: float = Field(
+        3e-3, gt=0, description="highest; after the warm-up down along a cosine, to 0 behind the last step"
+    )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="part of the steps in which the learning rate rises")
     max_length: int = Field(1024, ge=16, description="most tokens of a prompt and its trace; a longer one is refused")
     n_watch: int = Field(256, ge=1, description="unseen problems on which the tuned model is watched")
+
+    @model_validator(mode="after")
+    def _parts_alike(self) -> Sft:
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}, the parts in which it is worked through"
+            )
+        return self
 
 
 ModelSize = Literal["1.5B", "7B", "8B", "14B", "32B", "70B"]
@@ -286,17 +299,20 @@ class Grpo(Section):
     )
     preset: Literal["offload", "paper", "relay"] = Field("offload", description="ready-made weights of the rewards")
     reward_weights: dict[str, float] = Field(
-        {}, description=f"laid over those of the preset, for each of {', '.join(REWARD_NAMES)}"
+        {},
+        description=f"laid over those of the preset, for each of {', '.join(REWARD_NAMES)}; scale_rewards decides what "
+        "a weight does",
     )
     coverage_target: float = Field(0.4, gt=0, lt=1, description="offload share at which the reward coverage is highest")
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
-        "sum_then_normalize", description="advantages of the weighted sum of rewards, or of each reward and then summed"
+        "sum_then_normalize",
+        description="advantages of the weighted sum of rewards, or of each reward in its group, weighted and summed",
     )
     n_problems: int = Field(4000, ge=1, description="problems that rollouts are written for, drawn at random")
     max_steps: int = Field(100, ge=1, description="steps of training")
     batch_size: int = Field(128, ge=2, description="rollouts a step; a multiple of num_generations")
     num_generations: int = Field(8, ge=2, description="rollouts of one problem, which are compared with each other")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a batch is trained on")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step's batch is worked through")
     gradient_checkpointing: bool = Field(False, description="keep less of the forward pass, and compute it again")
     rollouts_at_once: int = Field(0, ge=0, description="written at the same time by a process; 0: offload.batch_size")
     use_vllm: bool = Field(False, description="vLLM writes the small model's part of the rollouts")
@@ -307,15 +323,25 @@ class Grpo(Section):
     processes: int = Field(1, ge=1, description="more than one: under `accelerate launch`, or torchrun on a CPU")
     accelerate_config: str | None = Field(None, description="file for `accelerate launch`; empty: plain data parallel")
     learning_rate: float = Field(
-        2e-4, gt=0, description="highest, after at most 5 steps; from there straight down to 0"
+        2e-4,
+        gt=0,
+        description="highest, after a tenth of the steps, at most 5; from there straight down, to 0 behind the last",
     )
-    temperature: float = Field(1.0, gt=0, description="of the small model in rollouts; the big one has offload's")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="of the small model in rollouts, which draws from all tokens there; the big one draws as offload says",
+    )
     beta: float = Field(0.0, ge=0, description="weight of the KL to the policy of stage 02")
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field(
-        "dapo", description="how the losses of tokens are averaged, as TRL names it"
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = Field(
+        "dapo",
+        description="how tokens' losses are averaged: grpo: in each rollout, then over those; dapo: over all tokens of "
+        "the step; dr_grpo: their sum by the rollouts times offload.max_tokens",
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="whose standard deviation an advantage is divided by"
+        "group",
+        description="whose standard deviation advantages are divided by; group: where one reward alone differs in a "
+        "group, any weight of it does the same; batch, none: it counts in proportion to its weight",
     )
     save_steps: int = Field(50, ge=1, description="steps between checkpoints, of which the last is kept")
     sample_every: int = Field(10, ge=1, description="steps between completions kept in samples.jsonl")
@@ -333,6 +359,13 @@ class Grpo(Section):
             raise ValueError("vllm_url and vllm_kv_cache_gb need use_vllm: true")
         if self.accelerate_config and find(self.accelerate_config) is None:
             raise ValueError(f"there is no file {self.accelerate_config} (accelerate_config)")
+        if self.n_problems < (groups := self.batch_size // self.num_generations):
+            raise ValueError(f"n_problems {self.n_problems} is below the {groups} that a step has rollouts of")
+        if self.scale_rewards != "group" and self.aggregation == "normalize_then_sum":
+            raise ValueError(
+                f"scale_rewards {self.scale_rewards} needs aggregation: sum_then_normalize; the other divides each reward "
+                "by its group's standard deviation, and their sum by the batch's"
+            )
         for name in self.reward_weights:
             if name not in REWARD_NAMES:
                 raise ValueError(f"reward_weights: {unknown(name, list(REWARD_NAMES))}")

@@ -158,13 +158,15 @@ def artefacts(p: Params) -> dict[str, Artefact]:
     from srlib.data.rows import Annotated, read_jsonl
 
     results, completions = (p.where("05_evaluate") / name for name in ("results.json", "completions"))
+    merged = p.learner.path if p.pair.small.adapter is not None else None
+    tuned = (p.tuned.path,) if p.tuned.adapter is None else (p.tuned.adapter, merged)
     own_pair = p.pair.small.path is not None and p.pair.big.path is not None
     return {
-        "pair": Artefact(_named(p.small.path, p.big.path), lambda: _whole(p.small, p.big), own_pair),
+        "pair": Artefact(_named(p.small.path, p.small.adapter, p.big.path), lambda: _whole(p.small, p.big), own_pair),
         "traces": Artefact((p.traces.file or p.traces.path,), lambda: problems.traces(p, 1), p.data.traces is not None),
         "test": Artefact((p.test.file or p.test.path,), lambda: _readable(p.test), p.data.test is not None),
         "annotated": Artefact((p.annotated,), lambda: read_jsonl(p.annotated, Annotated), p.sft.annotated is not None),
-        "adapter": Artefact(_named(p.tuned.adapter or p.tuned.path), lambda: _whole(p.tuned), p.pair.tuned is not None),
+        "adapter": Artefact(_named(*tuned), lambda: _whole(p.tuned), p.pair.tuned is not None),
         "reinforced": Artefact(_named(p.reinforced.adapter), lambda: _whole(p.reinforced)),
         "results": Artefact((results, completions), lambda: _measured(results, completions)),
         "sweep": Artefact((p.run_dir / "sweep.json",), lambda: _there(p.run_dir / "sweep.json")),

@@ -34,7 +34,13 @@ from srlib.engine.protocol import Engine
 from srlib.params import Grpo, ModelSpec, Offload, Params
 from srlib.training.rewards import REWARDS, Rollout, Targets, weights
 from srlib.training.rollouts import Rollouts, Synchronised
-from srlib.training.sft import save_adapter
+from srlib.training.sft import NoStepAtZero, save_adapter
+
+REFERENCE = "ref"  # TRL's name of the adapter that the KL is measured with
+
+
+class _Trainer(NoStepAtZero, GRPOTrainer):
+    pass
 
 
 def train(
@@ -60,21 +66,34 @@ def train(
 
     Returns:
         the trainer's log, a record a step: `reward`, `offload_share`, and each reward's mean.
+
+    Raises:
+        SrlibError: there are fewer problems than a step has rollouts of.
     """
+    groups = config.batch_size // config.num_generations
+    if len(problems) < groups:  # of which TRL would train no step, and say nothing
+        raise SrlibError(
+            f"A step of grpo has rollouts of {groups} problems, and there are {len(problems)}: give more, or lower "
+            f"grpo.batch_size to {len(problems) * config.num_generations}."
+        )
     model, tokenizer = load_model(tuned, trainable=True)
-    ready_for_trl(model)
     paid = weights(config)
-    rollouts = Rollouts(tokenizer, big, problems, config, offload, seed, folder / "samples.jsonl")
+    rollouts = Rollouts(tokenizer, big, problems, config, offload, seed, folder / "samples.jsonl", tuned.context)
     targets = Targets(speed, config.coverage_target)
-    trainer = GRPOTrainer(
+    trainer = _Trainer(
         model=model,
         reward_funcs=[_for_trl(name, targets, logs=i == 0) for i, name in enumerate(paid)],
         args=_arguments(tuned, config, offload, seed, folder),
-        train_dataset=Dataset.from_list([{"prompt": problem.prompt} for problem in problems]),
+        train_dataset=Dataset.from_list([{"prompt": str(number)} for number in range(len(problems))]),
         processing_class=tokenizer,
         rollout_func=rollouts,
         callbacks=[_Progress()],
     )
+    ready_for_trl(trainer.model)
+    for (
+        adapter
+    ) in trainer.model.peft_config:  # TRL may have rounded the one, and its copy for the KL lacks the tags' rows
+        trainer.model.load_adapter(tuned.adapter, adapter)
     if rollout_small is not None:
         # In the place of TRL's own vLLM: TRL has it synchronised before each batch of rollouts, and corrects the
         # loss for what is sampled there with slightly other probabilities.
@@ -106,7 +125,7 @@ def _arguments(tuned: ModelSpec, config: Grpo, offload: Offload, seed: int, fold
         num_generations=config.num_generations,
         learning_rate=config.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=min(5, config.max_steps // 10),
+        warmup_steps=1 + min(5, config.max_steps // 10),  # see `NoStepAtZero`
         temperature=config.temperature,
         beta=config.beta,
         loss_type=config.loss_type,
@@ -141,13 +160,16 @@ def _taken_up(trainer: GRPOTrainer, rollouts: Rollouts, folder: Path) -> str | N
         rollouts.forget_from(step)
         for broken in found.keys() - set(whole):
             shutil.rmtree(found[broken])
+        if step:  # where it lies beside the adapter, the Trainer takes up the reference alone
+            shutil.rmtree(found[step] / REFERENCE, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     return str(found[step]) if step else None
 
 
 def run(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
     """`train` as the params ask for it, in this process."""
-    big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None
     tasks = load_traces(p, p.grpo.n_problems)
+    big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None
     small = p.rollout_small if p.grpo.use_vllm else None
     return train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, folder, small)
 

@@ -22,7 +22,7 @@ from srlib.params import Grpo
 class Rollout:
     """One completion and its counts."""
 
-    text: str  # tags included
+    text: str  # tags included, and a `<think>` that the prompt ends with
     correct: bool
     group: str  # of the prompt
     prompt_tokens: int
@@ -57,8 +57,12 @@ def accuracy(rollouts: Sequence[Rollout], targets: Targets) -> list[float]:
 
 
 def scaffold(rollouts: Sequence[Rollout], targets: Targets) -> list[float]:
-    """Paper, *format*: 1 for `<think>…</think><answer>…</answer>`, and 1 for well-nested tags, also for none."""
-    shape = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
+    """Paper, *format*: 1 for `<think>…</think>` and an answer behind it, and 1 for well-nested tags, also for none.
+
+    Deviation: the paper pays for `<think>…</think><answer>…</answer>` alone, which neither R1 nor the arithmetic
+    world writes; here the answer may also stand in a box, with words around it.
+    """
+    shape = re.compile(r"\s*<think>.*</think>.*(<answer>.*</answer>|\\boxed\s*\{.*\}).*", re.DOTALL)
     return [float(bool(shape.fullmatch(r.text))) + float(r.well_formed) for r in rollouts]
 
 

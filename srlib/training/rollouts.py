@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -12,7 +13,7 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from srlib import engine
-from srlib.data import spans
+from srlib.data import prompts, spans
 from srlib.data.grade import verdict
 from srlib.data.rows import Problem, whole
 from srlib.decoding.policies import Learned, Never
@@ -30,7 +31,12 @@ if TYPE_CHECKING:
 
 
 class Rollouts:
-    """TRL's `rollout_func`: a prompt in, a trace by two models out."""
+    """TRL's `rollout_func`: a prompt in, a trace by two models out.
+
+    Args:
+        samples: file in which some of the traces are kept.
+        context: tokens of the longest sequence of the small model; None: its own.
+    """
 
     def __init__(
         self,
@@ -41,28 +47,30 @@ class Rollouts:
         offload: Offload,
         seed: int,
         samples: Path,
+        context: int | None = None,
     ) -> None:
-        self.tokenizer, self.big, self.config = tokenizer, big, config
+        self.tokenizer, self.big, self.config, self.context = tokenizer, big, config, context
         self.offload = offload.model_copy(update={"batch_size": config.rollouts_at_once or offload.batch_size})
-        self.problems = {problem.prompt: problem for problem in problems}
+        self.problems = problems
         self.seed, self.samples = seed, samples
         self.vllm: Synchronised | None = None  # writes the small model's part; None: the model that is trained does
 
     def forget_from(self, step: int) -> None:
         """Drop samples of `step` and later: a run taken up from a checkpoint writes them again."""
-        kept = self.samples.read_text(encoding="utf-8").splitlines(True) if self.samples.is_file() else []
-        if kept and not kept[-1].endswith("\n"):
-            del kept[-1]  # torn when a run ended
+        kept = self.samples.read_bytes().splitlines(True) if self.samples.is_file() else []
         with whole(self.samples) as file:
-            file.writelines(line for line in kept if json.loads(line)["step"] < step)
+            file.writelines(line.decode() for line in kept if _step(line) < step)
 
-    def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+    def __call__(self, numbers: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        """TRL's prompts are the numbers of problems: two of them may ask the same and have different answers."""
         step = trainer.state.global_step
+        problems = [self.problems[int(number)] for number in numbers]
+        prompts = [problem.prompt for problem in problems]
         if self.vllm is not None:
             traces = self.write(self.vllm.engine, prompts, step)
         else:
             traces = self.write_with(trainer, prompts, step)
-        rollouts = [self.rollout(prompt, trace) for prompt, trace in zip(prompts, traces)]
+        rollouts = [self.rollout(*each) for each in zip(numbers, problems, traces)]
         if trainer.accelerator.is_main_process and step % self.config.sample_every == 0:
             with self.samples.open("a", encoding="utf-8") as file:
                 for r in rollouts[: self.config.num_generations]:
@@ -76,7 +84,8 @@ class Rollouts:
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
             training = model.training
             model.eval()
-            small = TransformersEngine(model, self.tokenizer, slots=min(len(prompts), self.offload.slots))
+            slots = min(len(prompts), self.offload.slots)
+            small = TransformersEngine(model, self.tokenizer, slots, self.context)
             traces = self.write(small, prompts, step)
             model.train(training)
         return traces
@@ -95,8 +104,9 @@ class Rollouts:
         """One trace a prompt, with the current weights; the seed moves on with the step."""
         alone = self.config.rollout == "self"
         settings = self.offload.settings
-        settings["big_temperature"] = settings["temperature"]  # the big model answers as it will at inference
-        settings["temperature"], settings["top_p"] = self.config.temperature, 1.0
+        # The big model answers as it will at inference; the small one draws from all tokens, as TRL takes for granted.
+        settings["big_sampling"] = (settings["temperature"], settings["top_p"], settings["top_k"])
+        settings.update(temperature=self.config.temperature, top_p=1.0, top_k=0)
         writer = Offloader(
             small,
             self.big,
@@ -108,14 +118,14 @@ class Rollouts:
         writer.raise_if_failed(traces)
         return traces
 
-    def rollout(self, prompt: str, trace: Trace) -> Rollout:
+    def rollout(self, group: str, problem: Problem, trace: Trace) -> Rollout:
         """The counts that rewards are made of; with `rollout: self`, what the small model asks for counts as big."""
-        text = self.tokenizer.decode(trace.ids, skip_special_tokens=True)
+        text = prompts.with_opening(self.tokenizer, self.tokenizer.decode(trace.ids, skip_special_tokens=True))
         plain = spans.inside(trace.ids, trace.tags)
         return Rollout(
             text=text,
-            correct=verdict(spans.strip(text), self.problems[prompt], self.offload.hint).correct,
-            group=prompt,
+            correct=verdict(spans.strip(text), problem, self.offload.hint).correct,
+            group=group,
             prompt_tokens=len(trace.prompt_ids),
             small_tokens=len(plain) - sum(plain),
             big_tokens=sum(plain),
@@ -124,6 +134,14 @@ class Rollouts:
             max_tokens=self.offload.max_tokens,
             tokens=len(trace.ids),
         )
+
+
+def _step(line: bytes) -> float:
+    """The step of a line of `samples.jsonl`; of one that is torn or damaged, one that is never reached."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class Synchronised:

@@ -2,14 +2,17 @@
 
 Deviations from the paper (section on training): LoRA in place of a full fine-tune, and tags
 that are one added token each, whose embeddings are trained with the adapter. `tags: plain`
-keeps the paper's plain text.
+keeps the paper's plain text; the embeddings of its pieces are trained, too, as a full fine-tune
+would: a model may never have met them, as that of the arithmetic world has met no letter.
 """
 
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
@@ -18,11 +21,32 @@ from trl import SFTConfig, SFTTrainer
 from srlib import SrlibError
 from srlib.data.prompts import continuation, encode_prompt
 from srlib.data.rows import Annotated, write_json
-from srlib.engine.adapters import add_tags, embedding_rows, ready_for_trl, write_adapter
+from srlib.engine.adapters import add_tags, embedding_rows, merge, pieces_of_tags, ready_for_trl, write_adapter
 from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
 from srlib.params import ModelSpec, Sft
 
 LABEL_IGNORED = -100
+
+
+class NoStepAtZero(Trainer):
+    """A trainer whose schedule begins and ends one step further in: at its ends, where it is 0, nothing is trained.
+
+    Its `warmup_steps` are one more than the steps whose learning rate is below the highest.
+    """
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As transformers makes it, for one step more, and with the first behind it."""
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # before an optimizer's
+            scheduler.step()
+        return scheduler
+
+
+class _Trainer(NoStepAtZero, SFTTrainer):
+    pass
 
 
 def example(tokenizer: PreTrainedTokenizerBase, row: Annotated, hint: str = "") -> dict[str, list[int]]:
@@ -40,6 +64,8 @@ def example(tokenizer: PreTrainedTokenizerBase, row: Annotated, hint: str = "") 
 def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folder: Path, hint: str = "") -> list[dict]:
     """Fine-tune `small` on annotated traces; adapter and tokenizer go to `folder/adapter`.
 
+    Where `small` has an adapter already, it is merged into the weights, in `folder/merged`, and the new one is for those.
+
     Returns:
         the trainer's log, a record every few steps with `step`, `epoch` and `loss` (nats a token).
 
@@ -49,8 +75,11 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     if not any(row.spans for row in rows):
         raise SrlibError("No annotated trace has a span, so there is nothing to learn: lower annotate.threshold.")
     set_seed(seed)
+    if small.adapter is not None:
+        shutil.rmtree(folder / "merged", ignore_errors=True)  # of a base that may have been made again since
+        small = small.model_copy(update={"path": str(merge(small, folder / "merged")), "adapter": None})
     model, tokenizer = load_model(small)
-    tokens = add_tags(tokenizer) if config.tags == "token" else None
+    tokens = add_tags(tokenizer) if config.tags == "token" else pieces_of_tags(tokenizer)
     fit_embeddings(model, tokenizer)
     examples = [example(tokenizer, row, hint) for row in rows]
     fitting = [each for each in examples if len(each["input_ids"]) <= config.max_length]
@@ -59,24 +88,25 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
         raise SrlibError(f"sft.max_length is {config.max_length}, but the shortest trace has {shortest} tokens.")
     if longer := len(examples) - len(fitting):
         print(f"{longer} of {len(examples)} traces are left out: they have more than {config.max_length} tokens")
-    steps = len(fitting) * config.epochs / (config.batch_size * config.gradient_accumulation_steps)
-    trainer = SFTTrainer(
+    steps = len(fitting) * config.epochs / config.batch_size
+    trainer = _Trainer(
         model=model,
         args=SFTConfig(
             output_dir=str(folder / "trainer"),
             num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch_size,
+            per_device_train_batch_size=config.batch_size // config.gradient_accumulation_steps,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=int(config.warmup_ratio * steps),
+            warmup_steps=1 + int(config.warmup_ratio * steps),  # see `NoStepAtZero`
             max_length=config.max_length,
-            bf16=str(dtype_of(small)) == "torch.bfloat16",
+            bf16=dtype_of(small) == torch.bfloat16,
+            use_cpu=device_of(small) == "cpu",
             gradient_checkpointing=config.gradient_checkpointing,
             logging_steps=max(1, int(steps / 50)),
             save_strategy="no",
             report_to="none",
-            dataloader_pin_memory=device_of(small) != "cpu",
+            dataloader_pin_memory=False,
             seed=seed,
         ),
         train_dataset=Dataset.from_list(fitting),
