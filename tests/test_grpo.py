@@ -306,13 +306,14 @@ def test_two_problems_may_ask_the_same(tuned, big, tmp_path, spy):
 
 
 def test_a_thought_that_the_prompt_begins_is_part_of_what_is_paid():
-    task = Problem(id="0", prompt="1+1?", answer="2")
-    func = rollouts.Rollouts(arith.tokenizer(), None, [task], CONFIG, OFFLOAD, 0, None)
-    ids, tags = func.tokenizer.encode("1+1=2;</think>\\boxed{2}"), Tags.of(func.tokenizer)
-    begun, bare = (
-        func.rollout("0", task, Trace(func.tokenizer.encode(prompt), tags, ids, [SMALL] * len(ids)))
-        for prompt in ("1+1?<think>", "1+1?")
-    )
+    task, made = Problem(id="0", prompt="1+1?", answer="2"), []
+    for template in ("{{ messages[0].content }}<think>", None):
+        tokenizer = arith.tokenizer()
+        tokenizer.chat_template = template
+        func = rollouts.Rollouts(tokenizer, None, [task], CONFIG, OFFLOAD, 0, None)
+        ids = tokenizer.encode("1+1=2;</think>\\boxed{2}")
+        made.append(func.rollout("0", task, Trace([5], Tags.of(tokenizer), ids, [SMALL] * len(ids))))
+    begun, bare = made
     assert begun.text == "<think>" + bare.text and begun.correct and begun.tokens == len(ids)
     assert [rewards.scaffold([each], None) for each in (begun, bare)] == [[2.0], [1.0]]
 
