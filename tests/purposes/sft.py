@@ -148,7 +148,7 @@ def steps_of_warming_up(case: Case) -> None:
 
 @shows("sft.max_length")
 def longest_trace(case: Case) -> None:
-    with pytest.raises(SrlibError, match="sft.max_length is 16, but the longest trace has"):
+    with pytest.raises(SrlibError, match="sft.max_length is 16, but the shortest trace has"):
         trained(case, max_length=16)
 
 
