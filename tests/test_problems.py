@@ -89,6 +89,27 @@ def test_prompts_go_through_the_chat_template(tokenizer):
     assert prompts.encode_prompt(tokenizer, "1+2?") == tokenizer.encode("1+2?")
 
 
+def test_arguments_of_a_template_are_in_it_once_and_saved_with_it(tmp_path):
+    made = arith.tokenizer()
+    made.chat_template = (
+        "{{ messages[0].role }}:{% if think is none %}N{% elif not think %}F{% endif %}{{ depth.most if depth }}"
+    )
+    for _ in range(2):  # as where a tokenizer that was saved with an adapter is loaded again
+        prompts.set_template(made, {"think": False, "depth": {"most": 3}}, "{{ x }} 'q'")
+        made.save_pretrained(tmp_path)
+        made = type(made).from_pretrained(tmp_path)
+        filled = made.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        assert filled == "system:F3"
+    prompts.set_template(made, {"think": None})  # in their place
+    assert made.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False) == "user:N"
+    with pytest.raises(SrlibError, match="template holds 'a b', which is no name"):
+        prompts.set_template(made, {"a b": 1})
+    made.chat_template = None
+    prompts.set_template(made, {}, "")
+    with pytest.raises(SrlibError, match="has no chat template: leave template and system empty"):
+        prompts.set_template(made, {}, "x")
+
+
 def test_each_tokenizer_has_its_own_template_and_tokens(tokenizer):
     texts = ["1+2?", "<bigmodel>3*4?"]
     plain, polite, other_end = arith.tokenizer(), arith.tokenizer(), arith.tokenizer()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from srlib import SrlibError
@@ -45,6 +47,7 @@ def encode_for_each(tokenizers: list[PreTrainedTokenizerBase], prompts: list[str
 
 
 THINK = "<think>"
+MARK = "{#- above: from the params -#}"
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -69,6 +72,29 @@ def continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 def with_opening(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """What a model wrote behind a prompt, with the beginning that stands in the prompt: what is graded."""
     return opening(tokenizer) + text
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], system: str = "") -> None:
+    """Fix arguments of the chat template, and a system turn, in the template itself.
+
+    So whoever fills it in has them, and so does the tokenizer that is saved with an adapter.
+
+    Raises:
+        SrlibError: there is no chat template, or one argument is no name.
+    """
+    for name in arguments:
+        if not name.isidentifier():
+            raise SrlibError(f"template holds {name!r}, which is no name of an argument.")
+    given = {name: json.dumps(value).replace("null", "none") for name, value in arguments.items()}
+    if system:
+        given["messages"] = f"[{json.dumps({'role': 'system', 'content': system})}] + messages"
+    if tokenizer.chat_template is None:
+        if given:
+            raise SrlibError(f"{tokenizer.name_or_path} has no chat template: leave template and system empty for it.")
+        return
+    *_, after = str(tokenizer.chat_template).rpartition(MARK)  # of what was set where it was saved
+    head = "".join(f"{{%- set {name} = {value} -%}}" for name, value in given.items())
+    tokenizer.chat_template = head + MARK + after if given else after
 
 
 def _filled(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:

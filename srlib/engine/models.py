@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from srlib import SrlibError
+from srlib.data.prompts import set_template
 from srlib.engine.files import check
 from srlib.params.models import ModelSpec
 
@@ -122,7 +123,7 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model alone.
+    """The tokenizer of a model alone, with what the spec says of its chat template.
 
     Raises:
         SrlibError: there is none.
@@ -130,11 +131,13 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     where = spec.adapter or spec.path
     assert where is not None, "a model is named"
     try:
-        return AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:  # tokenizers, the library, raises nothing narrower
         if isinstance(error, OSError) and not Path(where).exists():
             raise SrlibError(f"{where} has no tokenizer here or on the hub: {_line(error)}") from None
         raise SrlibError(f"The tokenizer in {where} cannot be loaded: {_line(error)}. Make it again.") from None
+    set_template(tokenizer, spec.template, spec.system)
+    return tokenizer
 
 
 def _line(error: Exception) -> str:

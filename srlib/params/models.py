@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from srlib.params.secrets import Address
+from srlib.params.written import Anything
 
 
 class Section(BaseModel):
@@ -29,6 +30,10 @@ class ModelSpec(Section):
         description="fold the adapter into the weights when it is loaded; quantised weights keep it beside them, "
         "and vllm merges one with trained token embeddings in any case",
     )
+    template: dict[str, Anything] = Field(
+        {}, description="arguments of the tokenizer's chat template, such as {enable_thinking: false}"
+    )
+    system: str = Field("", description="system turn of the chat template, before every problem")
     engine: Literal["transformers", "vllm"] = Field("transformers", description="what the model runs on")
     url: Address | None = Field(
         None,

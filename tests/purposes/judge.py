@@ -182,6 +182,8 @@ OTHERS = {
     "path": "another",
     "adapter": "an/adapter",
     "merge": False,
+    "template": {"quick": True},
+    "system": "Be brief.",
     "engine": "vllm",
     "process": True,
     "device": "cuda:1",

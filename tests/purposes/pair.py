@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from srlib import Offloader, engine
+from srlib.data import arith
+from srlib.data.prompts import encode_prompt
 from srlib.decoding.policies import Never
 from srlib.engine import Request, models, process
 from srlib.engine.vllm.engine import VllmEngine
@@ -216,3 +218,28 @@ def several_machines(case: Case) -> None:
 @shows(*keys("compile"))
 def compiled_models(case: Case) -> None:
     assert not vllm_args(spec(case, True, engine="vllm")).enforce_eager
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if quick is defined %}<{{ quick }}>{% endif %}"
+)
+
+
+def asked(case: Case, value: Any) -> str:
+    """A problem as the engine of a model with a chat template asks it."""
+    tokenizer, folder = arith.tokenizer(), case.folder / "model"
+    tokenizer.chat_template = TEMPLATE
+    random_model(len(tokenizer), 1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    made = spec(case, value, path=str(folder)).model_copy(update={"adapter": None})
+    return engine.load(made).tokenizer.decode(encode_prompt(models.load_tokenizer(made), "3+4?"))
+
+
+@shows(*keys("template"))
+def arguments_of_the_template(case: Case) -> None:
+    assert asked(case, {"quick": True}) == "[user]3+4?<True>"
+
+
+@shows(*keys("system"))
+def a_system_turn(case: Case) -> None:
+    assert asked(case, 'Say "7".') == '[system]Say "7".[user]3+4?'

@@ -298,14 +298,14 @@ def _drawn(sampling: Sampling, position: int) -> dict[str, Any]:
 
 def _texts(spec: ModelSpec) -> tuple[Any, frozenset[int]]:
     """Tokenizer, and the ids that end a text."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
-    from srlib.engine.models import eos_of
+    from srlib.engine.models import eos_of, load_tokenizer
 
     if not spec.url:
         check(spec)
+    tokenizer = load_tokenizer(spec)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.adapter or spec.path)
         try:
             generation = GenerationConfig.from_pretrained(spec.path)
         except OSError:  # it is no file of every model
