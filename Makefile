@@ -3,7 +3,7 @@ PYTHON ?= python3
 PARAMS ?= params/cpu.yaml
 BIN := .venv/bin
 
-.PHONY: reproduce test test-fast test-extra lint lab reference clean
+.PHONY: reproduce test test-fast test-extra rehearse lint lab reference clean
 
 reproduce: .venv/installed
 	$(BIN)/python -m srlib run $(PARAMS)
@@ -13,6 +13,10 @@ test: .venv/installed
 
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -m "not notebooks and not extra"
+
+# Every stage of the params files that need GPUs, here, with tiny twins of their models.
+rehearse: .venv/installed
+	set -e; for name in gpu24 node released; do $(BIN)/python -m srlib rehearse params/$$name.yaml; done
 
 # Tests that need an extra run in an environment that has it; there they may not be skipped.
 test-extra:
