@@ -4,6 +4,9 @@ math-verify (sympy) can be made to compute for ever by a huge power or eat all m
 alarm of its own works in a main thread only. So a worker process does it, one for each process
 that asks: it counts its own CPU seconds, and the system ends it when they are used up; the next
 question starts a new one. It ends by itself when nobody is left to ask.
+
+Here the verdict is stricter than math-verify's where that takes for equal what does not say the same: a readable part
+for the whole, `X` for `x`, 1/2^98 for 1/2^99, `2x = 5` for 5, `204_5` for `204_6`, `\\sin 30^\\circ` for `\\sin 30`.
 """
 
 from __future__ import annotations
@@ -131,6 +134,7 @@ def _verdict(gold: str, answer: str) -> str:
 
 
 DEEP = 40  # brackets one inside the other, and no answer has more
+PROSE = re.compile("[A-Za-z ]{30}")  # no product of letters is that long
 DROPPED = re.compile(r"\d\}?\s*_|\\[lcd]?dots|\.\.\.|…|'|\\prime|\d\s+\d|[\x00-\x1f]")
 DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)(?![\d.])")
 DIGITS = 1000  # to which values are compared: what is smaller than 10^-1000 is taken for nothing
@@ -145,7 +149,7 @@ def _parsed(text: str) -> Any:
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy, normalize_latex
     from math_verify.grader import should_treat_as_complex
 
-    if DROPPED.search(text) or _depth(text) > DEEP:
+    if DROPPED.search(text) or PROSE.search(re.sub(r"\\text\{[^{}]*\}", "", text)) or _depth(text) > DEEP:
         return None
     text = re.sub(r"\\([gG]amma)(?![A-Za-z])", r"\\text{\1letter}", text)  # else both are Euler's constant
     text = DECIMAL.sub(lambda m: f"{{\\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}}}", text)

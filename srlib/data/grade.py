@@ -13,7 +13,7 @@ from typing import NamedTuple
 from srlib.data import equal, reading
 from srlib.data.rows import Problem
 
-LONGEST = 1000  # characters of an answer that is still compared as mathematics
+LONGEST = 500  # characters of an answer that is still compared as mathematics
 PRODUCT = 3  # bare letters that may be a product, so that ab is ba; what is longer is a name
 EMPTY, NOTHING = "empty box", "no reading in common"
 CHOICE = re.compile(r"(?:\\text\{ ?)?\(?([A-J])\)?(?: ?\})?")
@@ -32,15 +32,19 @@ def grade(completion: str, gold: str, prompt: str = "") -> Grade:
     """Compare the final answer of `completion` to `gold`.
 
     The answer is the last whole `\\boxed{}` behind `</think>`, if there is one; without any box, what
-    stands behind the last `####` (as GSM8K writes it) or the last line `Answer: …`. Equality is:
+    the last mark says: `Answer: …`, a heading `Answer`, or `####` (as GSM8K writes it). Equality is:
 
     - a gold answer that is one capital letter, A to J, is a choice: the letter counts, as in `(B)` or `B. 12 m/s`;
-    - numbers are compared as such, without currency, thousands separators, units and `%` (25 % is 25 or 0.25);
-    - else it is that of math-verify, so `\\frac12` equals `0.5`.
+    - words are the same words, numbers the same numbers, and units do not contradict: `srlib.data.reading` says how;
+    - else it is that of math-verify on the whole of both, so `\\frac{x}{2}` equals `0.5x`.
+
+    Where no way to read fits both, or a part cannot be read, the reason is "no reading in common". An empty answer
+    equals nothing.
 
     Args:
         gold: the answer, or a worked solution of GSM8K that ends in `#### answer`.
-        prompt: the question with its hint; a box that only repeats one of its is no answer.
+        prompt: the question with its hint; a box that only repeats one of its is no answer. Where it ends in `<think>`
+            the completion begins inside the thought.
     """
     gold = gold.rpartition("####")[2].strip()
     head, end, tail = completion.rpartition("</think>")
@@ -84,8 +88,8 @@ def _repeats(text: str, start: int, end: int, prompt: str) -> bool:
 
 
 MARK = re.compile(
-    r"\W*(?:(?:so|thus|hence|therefore),? +)?(?:(?:the|my|our) +)?(?:(?:final|correct) +)?answer(?: +is)?"
-    r"(?P<bold>[*_]*) *(?P<colon>[::]?)",
+    r"[\W_]*(?:(?:so|thus|hence|therefore),? +)?(?:(?:the|my|our) +)?(?:(?:final|correct) +)?answer(?: +is)?"
+    r"(?P<bold>[*_]*) *(?P<colon>:?)",
     re.IGNORECASE,
 )
 

@@ -2,7 +2,7 @@
 
 This is what stands around the mathematics: math-verify drops units, folds case and rounds, so a number, its
 unit and a name are compared here and only the rest goes to `srlib.data.equal`. All of it is for answers of
-at most a thousand characters or so; `srlib.data.grade` sees to that.
+at most a few hundred characters; `srlib.data.grade` sees to that.
 
 Units. A unit is dropped only where the other side has none: `5 cm` is `5` (the question names the unit), but not
 `5 mm`, nor `5 cm^2`. A unit is what stands behind a number and is
@@ -133,6 +133,8 @@ _WORDS = set("text textrm textbf textit textnormal textsf mathrm mbox hbox opera
 
 def tidy(text: str) -> str:
     """An answer without what changes only its looks, in one spelling: `\\text{}` for words, `\\frac{a}{b}`, `\\%`."""
+    if re.fullmatch(r"-?[\d.,]*\d", text):
+        return text
     text = text.translate(_TABLE)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: f"^{{{m[0].translate(_POWERS)}}}", text)
     text = _groups(text.strip())
