@@ -227,7 +227,7 @@ KINDS = {
     "units": (
         [("5 cm", "5"), ("5", "5 cm"), ("5\\text{ cm}^2", "5"), ("5 square centimeters", "5\\text{ cm}^2"), ("5 ft", "5 feet")]
         + [("5\\mathrm{m/s}", "5 meters per second"), ("60 mph", "60 miles per hour"), ("\\$18 a day", "18"), ("18 €", "€18")]
-        + [("\\$18", "18 dollars"), ("12 eggs per day", "12"), ("6\\text{ red apples}", "6"), ("1 day", "1"), ("145°", "145")]
+        + [("\\$18", "18 dollars"), ("12 eggs per day", "12"), ("6\\text{ red apples}", "6"), ("\\text{5 apples}", "5"), ("1 day", "1"), ("145°", "145")]
         + [("145 degrees", "145^\\circ"), ("288\\pi\\text{ cm}^3", "288 \\pi"), ("25^\\circ\\text{C}", "25"), ("204", "204_5")]
         + [("x = 5\\text{ cm}", "5"), ("\\frac{270}{7}", "\\frac{270}7\\text{ degrees}"), ("3 hrs", "3\\text{ hours}")],
         [("5 cm", "5 mm"), ("5\\text{ cm}^2", "5\\text{ cm}"), ("60 mph", "60 km/h"), ("\\$18", "18 cents"), ("€18", "\\$18")]

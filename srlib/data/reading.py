@@ -147,6 +147,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\(mathrm|mathbf|text)\s+([A-Za-z])(?![A-Za-z])", r"\\\1{\2}", text)
     text = _unwrapped(text)
     text = re.sub(r"\\text\{([^{}A-Za-z]*)\}|\\text\{([ei])\}", r"\1\2", text)
+    text = re.sub(r"^\\text\{ *(-?[\d.,]*\d) *(?=[A-Za-z])", r"\1\\text{", text)
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", text)
