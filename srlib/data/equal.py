@@ -4,6 +4,9 @@ math-verify (sympy) can be made to compute for ever by a huge power or eat all m
 alarm of its own works in a main thread only. So a worker process does it, one for each process
 that asks: it counts its own CPU seconds, and the system ends it when they are used up; the next
 question starts a new one. It ends by itself when nobody is left to ask.
+
+Here the verdict is stricter than math-verify's where that takes for equal what does not say the same: a readable part
+for the whole, `X` for `x`, 1/2^98 for 1/2^99, `2x = 5` for 5, `204_5` for `204_6`, `\\sin 30^\\circ` for `\\sin 30`.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -18,10 +22,12 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import IO
+from typing import IO, Any
 
-LIMIT = 3.0  # CPU seconds for one comparison
-PATIENCE = 20  # times as many seconds by the clock, for a machine that is busy
+from srlib.data import reading
+
+LIMIT = 1.0  # CPU seconds for one comparison
+PATIENCE = 60  # times as many seconds by the clock, for a machine that is busy
 MEMORY = 4 * 2**30  # bytes of address space of a worker
 EQUAL, DIFFERS, UNREADABLE, GOLD = "equal", "differs", "cannot be read", "the gold cannot be read"
 TIME, LOST = "took too long", "the comparison was ended from outside"
@@ -118,16 +124,89 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _verdict(gold: str, answer: str) -> str:
-    from math_verify import parse, verify
-    from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
-
-    config = [LatexExtractionConfig(), ExprExtractionConfig()]
-    wanted, given = (parse(f"${text}$", extraction_config=config, parsing_timeout=None) for text in (gold, answer))
-    if not wanted:
+    wanted = _parsed(gold)
+    if wanted is None:
         return GOLD
-    if not given:
+    given = _parsed(answer)
+    if given is None:
         return UNREADABLE
-    return EQUAL if verify(wanted, given, timeout_seconds=None) else DIFFERS
+    return EQUAL if _equal(wanted, given) or _rounds(gold, given) or _rounds(answer, wanted) else DIFFERS
+
+
+DEEP = 40  # brackets one inside the other, and no answer has more
+PROSE = re.compile("[A-Za-z ]{30}")  # no product of letters is that long
+DROPPED = re.compile(r"\d\}?\s*_|\\[lcd]?dots|\.\.\.|…|'|\\prime|\d\s+\d|[\x00-\x1f]")
+DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)(?![\d.])")
+DIGITS = 1000  # to which values are compared: what is smaller than 10^-1000 is taken for nothing
+
+
+def _parsed(text: str) -> Any:
+    """What latex2sympy reads in the whole text; None: it cannot, or would drop a part of it without a word.
+
+    It is math-verify's own reader and comes without what math-verify does before: it would look for something
+    readable inside the text, cut units off, write all letters small and take decimals for floating-point numbers.
+    """
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy, normalize_latex
+    from math_verify.grader import should_treat_as_complex
+
+    if DROPPED.search(text) or PROSE.search(re.sub(r"\\text\{[^{}]*\}", "", text)) or _depth(text) > DEEP:
+        return None
+    text = re.sub(r"\\([gG]amma)(?![A-Za-z])", r"\\text{\1letter}", text)  # else both are Euler's constant
+    text = DECIMAL.sub(lambda m: f"{{\\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}}}", text)
+    looks = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="", equations=False
+    )
+    text = normalize_latex(text, looks)
+    try:
+        return latex2sympy(
+            text,
+            is_real=not should_treat_as_complex(text),
+            convert_degrees=bool(re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text)),
+            normalization_config=None,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
+        )
+    except Exception:
+        return None
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _equal(wanted: Any, given: Any) -> bool:
+    """math-verify's comparison, without the equations and the letters that it takes for more than they say."""
+    from math_verify import verify
+    from math_verify.grader import is_equation, take_first_relation
+    from sympy import E, Number, simplify
+    from sympy.core.function import AppliedUndef
+
+    if is_equation(given) and not is_equation(wanted):  # 2x = 5 is not 5, though x = 5 is, and f(2) = 5, and 2 + 3 = 5
+        left = take_first_relation(given)
+        if left.lhs.free_symbols or left.lhs.has(AppliedUndef):
+            if not isinstance(left.lhs, AppliedUndef) and left.lhs.has(Number):
+                return False
+        elif simplify(left.lhs - left.rhs) != 0:
+            return False
+    if not verify(wanted, given, numeric_precision=DIGITS, timeout_seconds=None):
+        return False
+    ours, theirs = ({s.name for s in side.free_symbols} | ({"e"} if side.has(E) else set()) for side in (wanted, given))
+    return not {s.casefold() for s in ours - theirs} & {s.casefold() for s in theirs - ours}  # X_1 is not x_1
+
+
+def _rounds(text: str, value: Any) -> bool:
+    """Whether a long decimal is what an irrational number rounds to."""
+    from sympy import Expr, Rational
+
+    match = re.fullmatch(r"-?(\d*)\.(\d+)", text)
+    if not match or len(match[2]) < reading.PLACES or len((match[1] + match[2]).lstrip("0")) < reading.PLACES:
+        return False
+    if not isinstance(value, Expr) or value.is_Rational or not value.is_number or not value.is_extended_real:
+        return False
+    return abs(value.evalf(len(text) + 10) - Rational(text)) * 2 <= Rational(1, 10 ** len(match[2]))
 
 
 def _serve() -> None:

@@ -8,13 +8,15 @@ its own with a time limit, so that no completion can hold up a run.
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from typing import NamedTuple
 
-from srlib.data import equal
+from srlib.data import equal, reading
 from srlib.data.rows import Problem
 
-LONGEST = 1000  # characters of an answer that is still compared as mathematics
+LONGEST = 500  # characters of an answer that is still compared as mathematics
+PRODUCT = 3  # bare letters that may be a product, so that ab is ba; what is longer is a name
+EMPTY, NOTHING = "empty box", "no reading in common"
+CHOICE = re.compile(r"(?:\\text\{ ?)?\(?([A-J])\)?(?: ?\})?")
 CONTEXT = 16  # characters before a box by which one that repeats the prompt is known
 
 
@@ -30,29 +32,33 @@ def grade(completion: str, gold: str, prompt: str = "") -> Grade:
     """Compare the final answer of `completion` to `gold`.
 
     The answer is the last whole `\\boxed{}` behind `</think>`, if there is one; without any box, what
-    stands behind the last `####` (as GSM8K writes it) or the last line `Answer: …`. Equality is:
+    the last mark says: `Answer: …`, a heading `Answer`, or `####` (as GSM8K writes it). Equality is:
 
     - a gold answer that is one capital letter, A to J, is a choice: the letter counts, as in `(B)` or `B. 12 m/s`;
-    - numbers are compared as such, without currency, thousands separators, units and `%` (25 % is 25 or 0.25);
-    - else it is that of math-verify, so `\\frac12` equals `0.5`.
+    - words are the same words, numbers the same numbers, and units do not contradict: `srlib.data.reading` says how;
+    - else it is that of math-verify on the whole of both, so `\\frac{x}{2}` equals `0.5x`.
+
+    Where no way to read fits both, or a part cannot be read, the reason is "no reading in common". An empty answer
+    equals nothing.
 
     Args:
         gold: the answer, or a worked solution of GSM8K that ends in `#### answer`.
-        prompt: the question with its hint; a box that only repeats one of its is no answer.
+        prompt: the question with its hint; a box that only repeats one of its is no answer. Where it ends in `<think>`
+            the completion begins inside the thought.
     """
     gold = gold.rpartition("####")[2].strip()
     head, end, tail = completion.rpartition("</think>")
-    if not end and "<think>" in tail:
+    if not end and ("<think>" in tail or prompt.rstrip().endswith("<think>")):
         return Grade(False, None, "still thinking")
     answer = boxed(tail, prompt)
     if answer is None:
         answer = _unboxed(tail)
     if answer is None:
         return Grade(False, None, "no boxed answer")
+    if not reading.tidy(answer[:LONGEST]).strip("{} "):
+        return Grade(False, answer, EMPTY)
     if answer.strip() == gold:
         return Grade(True, answer, "same text")
-    if not answer.strip():
-        return Grade(False, answer, "empty box")
     if len(answer) > LONGEST:
         return Grade(False, answer, "too long for an answer")
     return Grade(*_compare(answer, gold))
@@ -77,76 +83,83 @@ def boxed(text: str, prompt: str = "") -> str | None:
 
 
 def _repeats(text: str, start: int, end: int, prompt: str) -> bool:
-    return start >= CONTEXT and "\\boxed" in prompt and text[start - CONTEXT : end] in prompt
+    box = start >= CONTEXT and end - start < len(prompt) and "\\boxed" in prompt
+    return box and text[start - CONTEXT : end] in prompt
 
 
-def _unboxed(text: str) -> str | None:
-    """The answer of a completion without a box, where it is marked in another way."""
-    if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0]
-    lines = re.findall(r"^\W*(?:final )?answer(?: is)?\s*:\W*?(\S.*?)\W*$", text, re.IGNORECASE | re.MULTILINE)
-    return lines[-1] if lines else None
-
-
-def _compare(answer: str, gold: str) -> tuple[bool, str, str]:
-    if re.fullmatch("[A-J]", gold) and (letter := _letter(answer)):
-        return letter == gold, answer, "same choice" if letter == gold else "another choice"
-    first, second = _plain(answer), _plain(gold)
-    if first == second or (first.casefold() == second.casefold() and first.isalpha() and len(first) > 1):
-        return True, answer, "same text"
-    numbers, wanted = _numbers(first), _numbers(second)
-    if numbers and wanted:
-        same = any(_close(a, b) for a in numbers for b in wanted)
-        return same, answer, "same number" if same else "another number"
-    verdict = equal.compare(gold, answer)
-    return verdict == equal.EQUAL, answer, verdict
-
-
-def _letter(answer: str) -> str | None:
-    """The letter of the one choice that is named."""
-    text = _plain(answer, spaces=True)
-    match = re.match(r"\(?([A-J])(?:$|[).:](.*)$)", text, re.DOTALL)
-    if not match or set(re.findall(r"\b[A-J]\b", match[2] or "")) - {match[1]}:
-        return None
-    return match[1]
-
-
-def _plain(text: str, spaces: bool = False) -> str:
-    """An answer without what changes only its looks."""
-    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox|textrm)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\\left\b|\\right\b|\\[!,;: ]|\$(?!\d)|\\\(|\\\)|~", " ", text)
-    text = re.sub(r"\\[dt]frac\b", r"\\frac", text.replace("{,}", ",")).strip().removesuffix(".")
-    return text.strip() if spaces else re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", text)
-
-
-SIMPLE = re.compile(
-    r"(?P<sign>[-+−]?)(?:\\?[$€£])?(?P<sign2>-?)"
-    r"(?:(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?P<part>\.\d+)?|\\frac\{(?P<a>\d+)\}\{(?P<b>\d+)\}|(?P<c>\d+)/(?P<d>\d+))"
-    r"(?P<percent>\\?%)?(?:\s*(?!pi\b)[A-Za-z]{2,}(?:\s*[A-Za-z]+)*)?"
+MARK = re.compile(
+    r"[\W_]*(?:(?:so|thus|hence|therefore),? +)?(?:(?:the|my|our) +)?(?:(?:final|correct) +)?answer(?: +is)?"
+    r"(?P<bold>[*_]*) *(?P<colon>:?)",
+    re.IGNORECASE,
 )
 
 
-def _numbers(text: str) -> list[tuple[Fraction, bool]]:
-    """What a plain number may mean, and whether it has decimals; empty: it is none."""
-    match = SIMPLE.fullmatch(text)
-    if not match or len(text) > 60:
-        return []
-    above, below = match["a"] or match["c"], match["b"] or match["d"]
-    if above and int(below):
-        value = Fraction(int(above), int(below))
-    elif match["whole"] or match["part"]:
-        value = Fraction((match["whole"] or "0").replace(",", "") + (match["part"] or ""))
-    else:
-        return []
-    negative = bool(match["sign"] in ("-", "−")) != bool(match["sign2"])
-    value = -value if negative else value
-    values = [value, value / 100] if match["percent"] else [value]
-    return [(v, match["part"] is not None) for v in values]
+def _unboxed(text: str) -> str | None:
+    """The answer of a completion without a box: what the last line marks that is marked.
+
+    Marks are `Answer:`, also as a heading of the line below, and GSM8K's `####`: as the last line, or before what has
+    no words, since it is a heading of Markdown, too. Each line is read once.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    for i, line in reversed(list(enumerate(lines))):
+        before, mark, value = line.rpartition("####")
+        if mark and not before.strip(" #") and (i + 1 == len(lines) or not re.search("[^\\W\\d_]{2}", value)):
+            if not MARK.match(value):
+                return _bare(value)
+        match = MARK.match(line)
+        if not match:
+            continue
+        value = _bare(line[match.end() :])
+        if match["colon"] and value:
+            return value
+        headed = match["colon"] or match["bold"] or line.lstrip().startswith("#")
+        if headed and not value and i + 1 < len(lines):
+            return _bare(lines[i + 1])
+    return None
 
 
-def _close(a: tuple[Fraction, bool], b: tuple[Fraction, bool]) -> bool:
-    """The same, or where one is a decimal the same to six places, as math-verify has it."""
-    return a[0] == b[0] or ((a[1] or b[1]) and round(a[0], 6) == round(b[0], 6))
+def _bare(line: str) -> str:
+    """What a line says, without the marks of Markdown around it."""
+    line = line.strip()
+    bold = line.strip("*_` ")
+    return bold.removesuffix(".").rstrip("*_` ")
+
+
+def _compare(answer: str, gold: str) -> tuple[bool, str, str]:
+    given, wanted = reading.tidy(answer), reading.tidy(gold)
+    given, wanted = reading.value(given, wanted), reading.value(wanted, given)
+    if (match := CHOICE.fullmatch(wanted)) and (letter := _letter(given)):
+        return letter == match[1], answer, "same choice" if letter == match[1] else "another choice"
+    if given == wanted:
+        return True, answer, "same text"
+    name, gold_name = reading.name(given), reading.name(wanted)
+    if name and gold_name:
+        if reading.same_name(name, gold_name):
+            return True, answer, "same text"
+        if name.marked or gold_name.marked or max(map(len, name.words + gold_name.words)) > PRODUCT:
+            return False, answer, "another name"
+    elif (name and name.marked) or (gold_name and gold_name.marked):
+        return False, answer, NOTHING
+    numbers = reading.quantity(given), reading.quantity(wanted)
+    (given, unit), (wanted, own) = (
+        (reading.latex(number), number.unit) if number else reading.split(text)
+        for number, text in zip(numbers, (given, wanted))
+    )
+    if not reading.fits(unit, own):
+        return False, answer, "another unit"
+    if numbers[0] and numbers[1]:
+        same = reading.same(numbers[0], numbers[1])
+        return same, answer, "same number" if same else "another number"
+    verdict = equal.compare(wanted, given)
+    return verdict == equal.EQUAL, answer, NOTHING if verdict in (equal.GOLD, equal.UNREADABLE) else verdict
+
+
+def _letter(text: str) -> str | None:
+    """The letter of the one choice that is named."""
+    match = re.match(r"\(?([A-J])(?:$|[).:](.*)$)", re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip(), re.DOTALL)
+    if not match or set(re.findall(r"\b[A-J]\b", match[2] or "")) - {match[1]}:
+        return None
+    return match[1]
 
 
 def verdict(completion: str, problem: Problem, hint: str = "") -> Grade:
