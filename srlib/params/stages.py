@@ -248,7 +248,7 @@ class Sft(Section):
         3e-3, gt=0, description="highest; after the warm-up down along a cosine, to 0 behind the last step"
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="part of the steps in which the learning rate rises")
-    max_length: int = Field(1024, ge=16, description="most tokens of a prompt and its trace; a longer one is refused")
+    max_length: int = Field(1024, ge=16, description="most tokens of a prompt and its trace; longer ones are left out")
     n_watch: int = Field(256, ge=1, description="unseen problems on which the tuned model is watched")
 
     @model_validator(mode="after")
