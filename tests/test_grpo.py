@@ -7,8 +7,11 @@ from itertools import islice
 
 import pytest
 import torch
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 from srlib import SrlibError, engine
 from srlib.cost import latency
@@ -17,7 +20,7 @@ from srlib.data.problems import load as load_problems
 from srlib.data.rows import Problem, write_jsonl
 from srlib.data.spans import Tags
 from srlib.decoding.trace import BIG, SMALL, Trace
-from srlib.engine.adapters import add_tags, embedding_rows
+from srlib.engine.adapters import add_tags, embedding_rows, rows_in_place
 from srlib.engine.models import fit_embeddings, load_model
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import Arith, Grpo, Latency, ModelSpec, Offload, Params, Sft
@@ -39,8 +42,6 @@ def problems():
 
 def make_tuned(folder) -> ModelSpec:
     """A small model on disk with an untrained adapter and tags it writes often."""
-    from peft import LoraConfig, get_peft_model
-
     tokenizer = arith.tokenizer()
     random_model(len(tokenizer), 1, loud=(0,)).save_pretrained(folder / "small")
     tokenizer.save_pretrained(folder / "small")
@@ -247,8 +248,10 @@ def test_an_adapter_on_quantised_weights_is_trained_in_full_precision(tuned, big
     before, after = (
         load_file(f"{folder}/adapter_model.safetensors") for folder in (tuned.adapter, tmp_path / "adapter")
     )
-    moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before])
-    assert 0 < moved.max() < 1e-5 and (moved > 0).float().mean() > 0.9
+    assert any("token_adapter" in name or "trainable_tokens" in name for name in before)
+    for name in before:
+        moved = (after[name] - before[name]).abs()
+        assert 0 < moved.max() < 1e-5 and (moved > 0).float().mean() > 0.9, name
 
 
 def test_small_model_explores_and_big_one_answers_as_at_inference(tuned, big, problems, monkeypatch):
@@ -393,8 +396,63 @@ def test_a_quantised_small_model_is_trained_through_its_adapter(tuned, big, prob
     assert any("lora_B" in name and not torch.equal(old[name], new[name]) for name in old)
 
 
+def test_trained_rows_stand_in_the_embeddings_while_rollouts_are_written(tuned, big, problems, tmp_path, monkeypatch):
+    """And afterwards these are what they were, to the bit."""
+    write, seen = rollouts.Rollouts.write, []
+
+    def spying(self, small, prompts, step):
+        layers = [each for each in small.model.modules() if isinstance(each, TrainableTokensLayer)]
+        seen.append([(each, each.merged, each.base_layer.weight[98:].clone()) for each in layers])
+        return write(self, small, prompts, step)
+
+    monkeypatch.setattr(rollouts.Rollouts, "write", spying)
+    before, _ = load_model(tuned.model_copy(update={"adapter": None}))
+    grpo.train(tuned, big, problems, CONFIG.model_copy(update={"preset": "paper"}), OFFLOAD, SPEED, 0, tmp_path)
+    first, second = seen
+    assert len(first) == 2 and all(merged for _, merged, _ in first + second)
+    assert not all(torch.equal(rows, later) for (_, _, rows), (_, _, later) in zip(first, second))
+    for (layer, *_), module in zip(first, (before.get_input_embeddings(), before.get_output_embeddings())):
+        assert not layer.merged and torch.equal(layer.base_layer.weight[:98], module.weight[:98])
+        assert torch.equal(layer.base_layer.weight[98:], layer.trainable_tokens_original["default"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_are_put_in_place_and_back_to_the_bit(dtype, tied, monkeypatch):
+    model = random_model(100, 1).to(dtype)
+    model.config.tie_word_embeddings = tied
+    if tied:
+        model.tie_weights()
+    rows = embedding_rows(model, [98, 99])
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=rows))
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, dtype=parameter.dtype)
+    before = {name: value.clone() for name, value in peft.state_dict().items()}
+    ids = torch.tensor([[98, 3, 99, 5]])
+    with torch.no_grad():
+        logits = peft(ids).logits
+        with rows_in_place(peft), monkeypatch.context() as patch:
+            patch.delattr(TrainableTokensLayer, "get_merged_weights")  # the copy, at each pass
+            assert torch.equal(peft(ids).logits, logits)
+    assert all(torch.equal(before[name], value) for name, value in peft.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["_last_loaded_step", "adapter ref"])
+def test_another_trl_is_refused(tuned, big, problems, tmp_path, monkeypatch, name):
+    if name == "adapter ref":
+        monkeypatch.setattr(grpo, "REFERENCE", "reference")
+        name = "adapter reference"
+    else:
+        monkeypatch.setattr(grpo._Trainer, "_generate", lambda self, prompts: self.rollout_func(prompts))
+    config = CONFIG.model_copy(update={"beta": 0.1})
+    with pytest.raises(SrlibError, match=f"TRL {trl.__version__} has no {name} in its GRPOTrainer.* pyproject.toml"):
+        grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path)
+
+
 def test_two_processes_are_one_with_the_same_batch(tuned, big, problems, tmp_path, capfd):
-    """`accelerate launch` with two CPU processes: the first step's loss, reward and gradient are those of one."""
+    """With two CPU processes the first step's loss, reward and gradient are those of one."""
     config = CONFIG.model_copy(update={"max_steps": 1, "batch_size": 16, "num_generations": 4})
     write_jsonl(tmp_path / "problems.jsonl", problems)
     drawn = load_problems(tmp_path / "problems.jsonl", config.n_problems, 0)
@@ -412,7 +470,7 @@ def test_two_processes_are_one_with_the_same_batch(tuned, big, problems, tmp_pat
         offload=OFFLOAD,
         grpo=config.model_copy(update={"processes": 2}),
     )
-    (two,) = launch.launch(p, SPEED, p.stage_dir("03_grpo"))
+    (two,) = launch.launch(grpo.run, p.grpo.processes, p, p.stage_dir("03_grpo"), SPEED)
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
     assert two["reward"] == pytest.approx(one["reward"], abs=1e-6)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
@@ -431,7 +489,7 @@ def test_a_launch_that_fails_says_so(tuned, tmp_path):
         grpo=Grpo(processes=2),
     )
     with pytest.raises(SrlibError, match="in 2 processes failed, with status 1"):
-        launch.launch(p, SPEED, p.stage_dir("03_grpo"))
+        launch.launch(grpo.run, p.grpo.processes, p, p.stage_dir("03_grpo"), SPEED)
 
 
 @settings(max_examples=60, deadline=None)

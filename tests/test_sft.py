@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from srlib import SrlibError, engine
 from srlib.cost.latency import pair_speed
@@ -141,7 +142,7 @@ def test_an_adapter_that_is_given_stays(saved, tmp_path):
 
     assert loss(p.tuned) == pytest.approx(log[-1]["loss"], abs=1e-3)
     assert loss(spec) > loss(p.tuned) + 1  # which the adapter that was given has brought down
-    (step,) = grpo.run(p, pair_speed(p.latency), p.stage_dir("03_grpo"))
+    (step,) = grpo.run(p, p.stage_dir("03_grpo"), pair_speed(p.latency))
     assert step["kl"] == pytest.approx(0, abs=1e-6)
     assert loss(p.reinforced) == pytest.approx(loss(p.tuned), abs=0.2)
 
@@ -155,6 +156,21 @@ def test_an_adapter_that_cannot_be_merged_is_refused(small, message):
         Params(run="x", pair={"small": {"path": "a", "adapter": "b", **small}})
 
 
+@pytest.mark.parametrize("tags", ["token", "plain"])
+def test_every_part_of_an_adapter_on_quantised_weights_is_trained_in_full_precision(saved, tmp_path, tags):
+    """The rows of the tags, too: in bfloat16, in which TRL puts them, steps as small as these round to nothing."""
+    spec, config = saved(True).model_copy(update={"quantization": "nf4"}), Sft(tags=tags, epochs=1, batch_size=8)
+    ends = []
+    for rate in (1e-12, 1e-6):
+        sft.train(spec, annotated(16), config.model_copy(update={"learning_rate": rate}), 0, tmp_path / str(rate))
+        ends.append(load_file(tmp_path / str(rate) / "adapter" / "adapter_model.safetensors"))
+    assert any("token_adapter" in name for name in ends[0])
+    for name, start in ends[0].items():
+        moved = (ends[1][name] - start).abs()
+        if "lora_A" not in name:  # whose first step waits for lora_B, which begins at 0
+            assert 0 < moved.max() < 1e-5 and (moved > 0).float().mean() > 0.9, name
+
+
 def test_bfloat16_on_a_cpu(saved, tmp_path):
     spec = saved(True).model_copy(update={"dtype": "bfloat16", "device": "cpu"})
     log = sft.train(spec, annotated(8), Sft(epochs=4, batch_size=8, learning_rate=2e-2), 0, tmp_path)
@@ -162,8 +178,10 @@ def test_bfloat16_on_a_cpu(saved, tmp_path):
 
 
 def test_errors(saved, tmp_path):
-    with pytest.raises(ValueError, match="batch_size 6 is not a multiple of gradient_accumulation_steps 4"):
-        Sft(batch_size=6, gradient_accumulation_steps=4)
+    with pytest.raises(
+        ValueError, match="batch_size 6 is not a multiple of processes × gradient_accumulation_steps = 4"
+    ):
+        Sft(batch_size=6, processes=2, gradient_accumulation_steps=2)
     spec = saved(True)
     plain = [row.model_copy(update={"spans": []}) for row in annotated(4)]
     with pytest.raises(SrlibError, match="No annotated trace has a span"):

@@ -168,7 +168,7 @@ def needs(p: Params, stages: tuple[str, ...] = STAGES) -> list[Need]:
 
 
 def _needs(p: Params, stage: str) -> Iterator[Need]:
-    workers = p.grpo.processes if stage == "03_grpo" else 1
+    workers = {"02_sft": p.sft.processes, "03_grpo": p.grpo.processes}.get(stage, 1)
     slots = p.rollout_slots if stage == "03_grpo" else p.offload.slots
     passes: dict[tuple[str, int], float] = {}  # by device and process: models of one process work in turn
     for side, model in models(p, stage).items():
@@ -304,7 +304,8 @@ def _knobs(p: Params, stage: str) -> Iterator[tuple[str, list[Any]]]:
     held, gpus = models(p, stage), p.hardware.gpus
     if stage in ("02_sft", "03_grpo"):
         yield f"{stage[3:]}.gradient_checkpointing", [True]
-        own = p.sft.batch_size if stage == "02_sft" else p.grpo.batch_size // p.grpo.processes
+        c = p.sft if stage == "02_sft" else p.grpo
+        own = c.batch_size // c.processes
         yield f"{stage[3:]}.gradient_accumulation_steps", sorted(own // micro for micro in down(own, 1))
     if stage == "01_annotate":
         yield "annotate.batch_size", down(p.annotate.batch_size, 1)

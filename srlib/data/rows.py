@@ -34,7 +34,7 @@ class Problem(BaseModel):
         return self.trace
 
 
-Row = TypeVar("Row", BaseModel, dict)
+Row = TypeVar("Row", bound=BaseModel | dict)
 Kind = TypeVar("Kind")
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +53,25 @@ def ready_for_trl(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:  # which TRL has cast to bfloat16: a small step would round to none
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def rows_in_place(model: PreTrainedModel) -> Iterator[None]:
+    """For as long, trained rows stand in the embeddings themselves; PEFT lays them into a copy at every pass.
+
+    Rows are put in and back, never added to, so the embeddings are afterwards what they were, to the bit. That is not so
+    of the matrices of an adapter, which stay beside the weights.
+    """
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    layers = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
 
 
 def embedding_rows(model: PreTrainedModel, tokens: list[int]) -> dict[str, list[int]]:

@@ -238,22 +238,24 @@ class Sft(Section):
     lora_rank: int = Field(16, ge=1, description="rank of the adapter's matrices")
     lora_alpha: int = Field(32, ge=1, description="the adapter is scaled by lora_alpha / lora_rank")
     epochs: float = Field(3, gt=0, description="times every trace is trained on")
-    batch_size: int = Field(32, ge=1, description="traces that a step is trained on")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step's batch is worked through")
+    batch_size: int = Field(32, ge=1, description="traces that a step is trained on, by all processes together")
+    processes: int = Field(1, ge=1, description="that share a step's batch, on cuda:0 and on or all on the CPU")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="parts in which a process works through its share of the batch"
+    )
     gradient_checkpointing: bool = Field(False, description="keep less of the forward pass, and compute it again")
     learning_rate: float = Field(
         3e-3, gt=0, description="highest; after the warm-up down along a cosine, to 0 behind the last step"
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="part of the steps in which the learning rate rises")
-    max_length: int = Field(1024, ge=16, description="most tokens of a prompt and its trace; a longer one is refused")
+    max_length: int = Field(1024, ge=16, description="most tokens of a prompt and its trace; longer ones are left out")
     n_watch: int = Field(256, ge=1, description="unseen problems on which the tuned model is watched")
 
     @model_validator(mode="after")
     def _parts_alike(self) -> Sft:
-        if self.batch_size % self.gradient_accumulation_steps:
+        if self.batch_size % (parts := self.processes * self.gradient_accumulation_steps):
             raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}, the parts in which it is worked through"
+                f"batch_size {self.batch_size} is not a multiple of processes × gradient_accumulation_steps = {parts}"
             )
         return self
 
@@ -310,9 +312,13 @@ class Grpo(Section):
     )
     n_problems: int = Field(4000, ge=1, description="problems that rollouts are written for, drawn at random")
     max_steps: int = Field(100, ge=1, description="steps of training")
-    batch_size: int = Field(128, ge=2, description="rollouts a step; a multiple of num_generations")
+    batch_size: int = Field(
+        128, ge=2, description="rollouts a step, of all processes together; a multiple of num_generations"
+    )
     num_generations: int = Field(8, ge=2, description="rollouts of one problem, which are compared with each other")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step's batch is worked through")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="parts in which a process works through its share of the batch"
+    )
     gradient_checkpointing: bool = Field(False, description="keep less of the forward pass, and compute it again")
     rollouts_at_once: int = Field(0, ge=0, description="written at the same time by a process; 0: offload.batch_size")
     use_vllm: bool = Field(False, description="vLLM writes the small model's part of the rollouts")
@@ -320,8 +326,9 @@ class Grpo(Section):
         None, description="use_vllm: a server of the small model; empty: loaded beside training, in each process"
     )
     vllm_kv_cache_gb: float | None = Field(None, gt=0, description="use_vllm: size of the KV cache in GiB")
-    processes: int = Field(1, ge=1, description="more than one: under `accelerate launch`, or torchrun on a CPU")
-    accelerate_config: str | None = Field(None, description="file for `accelerate launch`; empty: plain data parallel")
+    processes: int = Field(
+        1, ge=1, description="that share a step's batch, each with both models, on cuda:0 and on or all on the CPU"
+    )
     learning_rate: float = Field(
         2e-4,
         gt=0,
@@ -357,8 +364,6 @@ class Grpo(Section):
             )
         if not self.use_vllm and (self.vllm_url or self.vllm_kv_cache_gb):
             raise ValueError("vllm_url and vllm_kv_cache_gb need use_vllm: true")
-        if self.accelerate_config and find(self.accelerate_config) is None:
-            raise ValueError(f"there is no file {self.accelerate_config} (accelerate_config)")
         if self.n_problems < (groups := self.batch_size // self.num_generations):
             raise ValueError(f"n_problems {self.n_problems} is below the {groups} that a step has rollouts of")
         if self.scale_rewards != "group" and self.aggregation == "normalize_then_sum":

@@ -38,7 +38,7 @@ MOST: dict[str, Any] = {
     "arith.n_traces": ROWS, "arith.n_test": ROWS, "arith.batch_size": 8,
     "arith.small.train_steps": 20, "arith.big.train_steps": 20,
     "annotate.n_traces": ROWS, "annotate.n_compare": 16, "annotate.batch_size": 8, "annotate.tries": 2,
-    "sft.epochs": 1, "sft.batch_size": 8, "sft.gradient_accumulation_steps": 2, "sft.n_watch": 8,
+    "sft.epochs": 1, "sft.batch_size": 8, "sft.gradient_accumulation_steps": 2, "sft.processes": 2, "sft.n_watch": 8,
     "grpo.n_problems": 16, "grpo.max_steps": 2, "grpo.save_steps": 1, "grpo.sample_every": 1, "grpo.processes": 2,
     "grpo.num_generations": 4, "grpo.gradient_accumulation_steps": 2, "grpo.rollouts_at_once": 8,
     "grpo.vllm_kv_cache_gb": CACHE_GB, "pair.small.kv_cache_gb": CACHE_GB, "pair.big.kv_cache_gb": CACHE_GB,
@@ -104,6 +104,8 @@ def scaled(p: Params, folder: Path, noted: list[str]) -> dict[str, Any]:
         _change(values, key, lambda value: value[:1])
     grpo = values["grpo"]
     grpo["batch_size"] = grpo["num_generations"] * grpo["processes"] * grpo["gradient_accumulation_steps"]
+    sft = values["sft"]
+    sft["batch_size"] -= sft["batch_size"] % (sft["processes"] * sft["gradient_accumulation_steps"])
     values["bench"]["batch_sizes"] = [min(4, most) for most in p.bench.batch_sizes[:2]]
     context = PROMPT + values["offload"]["max_tokens"]
     values["sft"]["max_length"] = max(values["sft"]["max_length"], PROMPT)
@@ -150,9 +152,6 @@ def _machine(values: dict[str, Any], noted: list[str]) -> None:
             "no second server is started" if here else "vLLM is not installed"
         ))  # fmt: skip
         grpo |= {"use_vllm": False, "vllm_url": None, "vllm_kv_cache_gb": None}
-    if grpo["accelerate_config"]:
-        noted.append(f"grpo.accelerate_config {grpo['accelerate_config']}: DeepSpeed and FSDP need GPUs")
-        grpo["accelerate_config"] = None
     if values["annotate"]["method"] == "judge" and values["annotate"]["judge"]["local"] is None:
         noted.append("annotate.method is gap: no judge is asked")
         values["annotate"]["method"] = "gap"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,16 +28,19 @@ from trl import GRPOConfig, GRPOTrainer
 from srlib import SrlibError, engine
 from srlib.cost.latency import PairSpeed
 from srlib.data.problems import traces as load_traces
-from srlib.data.rows import Problem, read_json, write_json
+from srlib.data.rows import Problem, read_json
 from srlib.engine.adapters import ready_for_trl
 from srlib.engine.models import device_of, dtype_of, load_model
 from srlib.engine.protocol import Engine
 from srlib.params import Grpo, ModelSpec, Offload, Params
+from srlib.training.launch import on_one_device
 from srlib.training.rewards import REWARDS, Rollout, Targets, weights
 from srlib.training.rollouts import Rollouts, Synchronised
-from srlib.training.sft import NoStepAtZero, save_adapter
+from srlib.training.sft import NoStepAtZero, save
 
-REFERENCE = "ref"  # TRL's name of the adapter that the KL is measured with
+# Inside of TRL: the adapter that the KL is measured with, and what has vLLM synchronised before each batch of rollouts.
+REFERENCE = "ref"
+TAKEN_OVER = ("use_vllm", "vllm_generation", "sync_weights", "_last_loaded_step")
 
 
 class _Trainer(NoStepAtZero, GRPOTrainer):
@@ -80,19 +84,21 @@ def train(
     paid = weights(config)
     rollouts = Rollouts(tokenizer, big, problems, config, offload, seed, folder / "samples.jsonl", tuned.context)
     targets = Targets(speed, config.coverage_target)
+    args = _arguments(tuned, config, offload, seed, folder)
+    on_one_device(args, model.device)
     trainer = _Trainer(
         model=model,
         reward_funcs=[_for_trl(name, targets, logs=i == 0) for i, name in enumerate(paid)],
-        args=_arguments(tuned, config, offload, seed, folder),
+        args=args,
         train_dataset=Dataset.from_list([{"prompt": str(number)} for number in range(len(problems))]),
         processing_class=tokenizer,
         rollout_func=rollouts,
         callbacks=[_Progress()],
     )
+    _check_privates(trainer)
     ready_for_trl(trainer.model)
-    for (
-        adapter
-    ) in trainer.model.peft_config:  # TRL may have rounded the one, and its copy for the KL lacks the tags' rows
+    # TRL may have rounded the one, and its copy for the KL lacks the tags' rows
+    for adapter in trainer.model.peft_config:
         trainer.model.load_adapter(tuned.adapter, adapter)
     if rollout_small is not None:
         # In the place of TRL's own vLLM: TRL has it synchronised before each batch of rollouts, and corrects the
@@ -109,10 +115,25 @@ def train(
             if rollouts.vllm is not None:
                 rollouts.vllm.close()
     log = [record for record in trainer.state.log_history if "reward" in record]
-    if trainer.accelerator.is_main_process:
-        save_adapter(trainer, folder)
-        write_json(folder / "log.json", log)
+    save(trainer, log, folder)
     return log
+
+
+def _check_privates(trainer: GRPOTrainer) -> None:
+    """See to it that the installed TRL has inside what is used and set here.
+
+    Raises:
+        SrlibError: it is another version.
+    """
+    needed = {"rollout_func", *TAKEN_OVER}
+    absent = sorted(needed.difference(trainer._generate.__code__.co_names))
+    if trainer.beta and REFERENCE not in trainer.model.peft_config:
+        absent.append(f"adapter {REFERENCE}")
+    if absent:
+        raise SrlibError(
+            f"TRL {trl.__version__} has no {absent[0]} in its GRPOTrainer, which this version of srlib relies on: install "
+            f"TRL as pyproject.toml pins it, with pip install -e ."
+        )
 
 
 def _arguments(tuned: ModelSpec, config: Grpo, offload: Offload, seed: int, folder: Path) -> GRPOConfig:
@@ -166,7 +187,7 @@ def _taken_up(trainer: GRPOTrainer, rollouts: Rollouts, folder: Path) -> str | N
     return str(found[step]) if step else None
 
 
-def run(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
+def run(p: Params, folder: Path, speed: PairSpeed) -> list[dict]:
     """`train` as the params ask for it, in this process."""
     tasks = load_traces(p, p.grpo.n_problems)
     big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None

@@ -1,78 +1,123 @@
-"""Reinforcement in several processes."""
+"""Training in one process or in several, each with a copy of the model and its part of every batch."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
+import pickle
 import subprocess
 import sys
-from dataclasses import asdict
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import set_seed
+from accelerate.utils import parse_flag_from_env
+from datasets import disable_progress_bars
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging
 
 from srlib import SrlibError
-from srlib.cost.latency import PairSpeed, Speed
-from srlib.data.rows import read_json, write_json
+from srlib.data.rows import read_json
 from srlib.engine.models import device_of
-from srlib.params.loading import build
-from srlib.params.paths import find
+from srlib.params.models import ModelSpec
 from srlib.params.run import Params
-from srlib.training.grpo import run
+
+# What shares a model's parts out among processes; each would save its own part of the adapter as if it were all.
+SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
-def launch(p: Params, speed: PairSpeed, folder: Path) -> list[dict]:
-    """`run` in `grpo.processes` processes; their screen is streamed to this one.
+def launch(run: Callable[..., list[dict]], processes: int, p: Params, folder: Path, *given: Any) -> list[dict]:
+    """`run(p, folder, *given)` in so many processes: one is this one, several have their screen streamed to it.
 
-    Each process writes and trains on its part of every batch. On GPUs they start under
-    `accelerate launch`, with the configuration `grpo.accelerate_config` (DeepSpeed, FSDP) if one
-    is named; on a CPU under torchrun, which accelerate takes up in the same way.
+    They start under torchrun, on the GPUs `cuda:0` and on or all on the CPU, and each trains as accelerate and TRL
+    do: data parallel. Its port is a free one.
+
+    Args:
+        run: `sft.run` or `grpo.run`, which leaves its log in `folder/log.json`.
+
+    Returns:
+        the log.
 
     Raises:
-        SrlibError: a process failed; what it said stands above.
+        SrlibError: there are not so many GPUs, the environment asks for ZeRO or FSDP, or a process failed; what
+            it said stands above.
     """
-    job = folder / "job.json"
-    write_json(job, {"params": p.model_dump(), "speed": asdict(speed), "folder": str(folder)})
-    processes = p.grpo.processes
+    for name in SHARDING:
+        if parse_flag_from_env(name):
+            raise SrlibError(
+                f"{name} is {os.environ[name]}, but an adapter is saved from one process, which holds all of it: unset "
+                f"{name}. Training is data parallel, and an adapter's gradients and moments are not worth sharing out."
+            )
+    if processes == 1:
+        return run(p, folder, *given)
     environment = {**os.environ, "OMP_NUM_THREADS": str(p.threads or 1)}
-    if device_of(p.small) == "cpu":  # accelerate's own launcher would ask for MPI there
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if device_of(p.small) == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"
-    else:
-        command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
-        config = p.grpo.accelerate_config
-        command.append(f"--config_file={find(config)}" if config else "--multi_gpu")
-    command += ["-m", "srlib.training.launch", str(job)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
-        assert process.stdout is not None
-        try:
-            # newline="": a progress bar's carriage returns are kept as they are
-            for line in io.TextIOWrapper(process.stdout, newline="", errors="replace"):
-                print(line, end="", flush=True)
-        except BaseException:  # an interrupted cell leaves nothing running
-            process.terminate()
-            raise
+    elif (there := torch.cuda.device_count()) < processes:
+        raise SrlibError(f"processes is {processes}, a GPU for each, but torch sees {there} here: set it to {there}.")
+    with tempfile.TemporaryDirectory() as temporary:
+        job = Path(temporary) / "job"
+        job.write_bytes(pickle.dumps((run, p, folder, given)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += ["-m", "srlib.training.launch", str(job)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
+            assert process.stdout is not None
+            try:
+                # newline="": a progress bar's carriage returns are kept as they are
+                for line in io.TextIOWrapper(process.stdout, newline="", errors="replace"):
+                    print(line, end="", flush=True)
+            except BaseException:  # an interrupted cell leaves nothing running
+                process.terminate()
+                raise
     if process.returncode:
-        raise SrlibError(f"grpo: the training in {processes} processes failed, with status {process.returncode}.")
-    job.unlink()
+        raise SrlibError(f"The training in {processes} processes failed, with status {process.returncode}.")
     return read_json(folder / "log.json", list[dict[str, Any]])
+
+
+def on_one_device(args: TrainingArguments, device: torch.device) -> None:
+    """Have a trainer keep to `device`, where its model is. Alone in its process, it would take all GPUs there are."""
+    state = args.distributed_state
+    if state.num_processes == 1:
+        args._n_gpu = min(1, args.n_gpu)
+        args._setup_devices = state.device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+
+def placed(p: Params, device: torch.device) -> Params:
+    """The params of a process whose GPU is `device`: what is loaded here is loaded there, as it cannot always be moved."""
+    if device.type == "cpu":
+        return p
+
+    def here(spec: ModelSpec | None) -> ModelSpec | None:
+        if spec is None or spec.url or spec.device == "cpu":
+            return spec
+        return spec.model_copy(update={"device": str(device)})
+
+    pair = {"small": here(p.pair.small), "big": here(p.pair.big), "tuned": here(p.pair.tuned)}
+    return p.model_copy(update={"pair": p.pair.model_copy(update=pair)})
 
 
 def _work(job: Path) -> None:
     """What each process of `launch` does."""
-    given = json.loads(job.read_text())
-    p = build(given["params"], str(job), Params)
+    run, p, folder, given = pickle.loads(job.read_bytes())
     if p.threads:
         torch.set_num_threads(p.threads)
     set_seed(p.seed)
-    speed = PairSpeed(**{**given["speed"], **{side: Speed(**given["speed"][side]) for side in ("small", "big")}})
-    PartialState()  # makes this process's GPU the current one, on which models are loaded
-    run(p, speed, Path(given["folder"]))
+    # They wait for each other's rollouts, which take long. On GPUs, this one's becomes the current one.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=2))
+    if not state.is_main_process:  # whose bars are enough
+        logging.disable_progress_bar()
+        disable_progress_bars()
+    run(placed(p, state.device), folder, *given)
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]))
+    try:
+        _work(Path(sys.argv[1]))
+    except SrlibError as error:
+        sys.exit(str(error))

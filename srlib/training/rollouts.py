@@ -19,7 +19,7 @@ from srlib.data.rows import Problem, whole
 from srlib.decoding.policies import Learned, Never
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import SMALL, Trace
-from srlib.engine.adapters import write_adapter
+from srlib.engine.adapters import rows_in_place, write_adapter
 from srlib.engine.protocol import Engine
 from srlib.engine.transformers import TransformersEngine
 from srlib.params.models import ModelSpec
@@ -86,7 +86,8 @@ class Rollouts:
             model.eval()
             slots = min(len(prompts), self.offload.slots)
             small = TransformersEngine(model, self.tokenizer, slots, self.context)
-            traces = self.write(small, prompts, step)
+            with rows_in_place(model):
+                traces = self.write(small, prompts, step)
             model.train(training)
         return traces
 
@@ -166,10 +167,7 @@ class Synchronised:
             adapters.merge(self.spec.model_copy(update={"adapter": str(self.folder)}))
         accelerator.wait_for_everyone()
         if self.engine is None:
-            device = self.spec.device
-            if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-                device = str(accelerator.device)
-            own = {"path": str(merged), "adapter": None, "device": device}
+            own = {"path": str(merged), "adapter": None}
             self.engine = cast("VllmEngine", engine.load(self.spec.model_copy(update=own), self.slots))
             if not self.spec.url:
                 return

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
@@ -20,10 +21,11 @@ from trl import SFTConfig, SFTTrainer
 
 from srlib import SrlibError
 from srlib.data.prompts import continuation, encode_prompt
-from srlib.data.rows import Annotated, write_json
+from srlib.data.rows import Annotated, read_jsonl, write_json
 from srlib.engine.adapters import add_tags, embedding_rows, merge, pieces_of_tags, ready_for_trl, write_adapter
 from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
-from srlib.params import ModelSpec, Sft
+from srlib.params import ModelSpec, Params, Sft
+from srlib.training.launch import on_one_device
 
 LABEL_IGNORED = -100
 
@@ -75,9 +77,12 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     if not any(row.spans for row in rows):
         raise SrlibError("No annotated trace has a span, so there is nothing to learn: lower annotate.threshold.")
     set_seed(seed)
+    process = PartialState()
     if small.adapter is not None:
-        shutil.rmtree(folder / "merged", ignore_errors=True)  # of a base that may have been made again since
-        small = small.model_copy(update={"path": str(merge(small, folder / "merged")), "adapter": None})
+        with process.main_process_first():
+            if process.is_main_process:
+                shutil.rmtree(folder / "merged", ignore_errors=True)  # of a base that may have been made again since
+            small = small.model_copy(update={"path": str(merge(small, folder / "merged")), "adapter": None})
     model, tokenizer = load_model(small)
     tokens = add_tags(tokenizer) if config.tags == "token" else pieces_of_tags(tokenizer)
     fit_embeddings(model, tokenizer)
@@ -86,29 +91,31 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     if not fitting:
         shortest = min(len(each["input_ids"]) for each in examples)
         raise SrlibError(f"sft.max_length is {config.max_length}, but the shortest trace has {shortest} tokens.")
-    if longer := len(examples) - len(fitting):
+    if (longer := len(examples) - len(fitting)) and process.is_main_process:
         print(f"{longer} of {len(examples)} traces are left out: they have more than {config.max_length} tokens")
     steps = len(fitting) * config.epochs / config.batch_size
+    args = SFTConfig(
+        output_dir=str(folder / "trainer"),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size // config.processes // config.gradient_accumulation_steps,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=1 + int(config.warmup_ratio * steps),  # see `NoStepAtZero`
+        max_length=config.max_length,
+        bf16=dtype_of(small) == torch.bfloat16,
+        use_cpu=device_of(small) == "cpu",
+        gradient_checkpointing=config.gradient_checkpointing,
+        logging_steps=max(1, int(steps / 50)),
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=False,
+        seed=seed,
+    )
+    on_one_device(args, model.device)
     trainer = _Trainer(
         model=model,
-        args=SFTConfig(
-            output_dir=str(folder / "trainer"),
-            num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch_size // config.gradient_accumulation_steps,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=1 + int(config.warmup_ratio * steps),  # see `NoStepAtZero`
-            max_length=config.max_length,
-            bf16=dtype_of(small) == torch.bfloat16,
-            use_cpu=device_of(small) == "cpu",
-            gradient_checkpointing=config.gradient_checkpointing,
-            logging_steps=max(1, int(steps / 50)),
-            save_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=False,
-            seed=seed,
-        ),
+        args=args,
         train_dataset=Dataset.from_list(fitting),
         processing_class=tokenizer,
         peft_config=LoraConfig(
@@ -121,13 +128,19 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     )
     ready_for_trl(trainer.model)
     trainer.train()
-    save_adapter(trainer, folder)
     log = [record for record in trainer.state.log_history if "loss" in record]
-    write_json(folder / "log.json", log)
+    save(trainer, log, folder)
     return log
 
 
-def save_adapter(trainer: Trainer, folder: Path) -> None:
-    """Adapter and tokenizer to `folder/adapter`; checkpoints are removed."""
-    write_adapter(trainer, folder / "adapter")
-    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+def run(p: Params, folder: Path) -> list[dict]:
+    """`train` as the params ask for it, in this process."""
+    return train(p.small, read_jsonl(p.annotated, Annotated), p.sft, p.seed, folder, p.offload.hint)
+
+
+def save(trainer: Trainer, log: list[dict], folder: Path) -> None:
+    """Adapter and tokenizer to `folder/adapter`, the log to `folder/log.json`; checkpoints are removed."""
+    if trainer.accelerator.is_main_process:  # every process holds all of the adapter
+        write_adapter(trainer, folder / "adapter")
+        write_json(folder / "log.json", log)
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)

@@ -1,6 +1,7 @@
 """The section `grpo`: what TRL's trainer does with it, in two steps on two random models."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import groupby, islice
@@ -16,7 +17,7 @@ from srlib.data.rows import write_json, write_jsonl
 from srlib.engine.models import load_model
 from srlib.engine.transformers import TransformersEngine
 from srlib.engine.vllm.arguments import arguments
-from srlib.params import ROOT, Arith, Latency, ModelSpec, Params
+from srlib.params import Arith, Latency, ModelSpec, Params
 from srlib.training import grpo, launch, rollouts
 from srlib.training.rewards import PRESETS, Rollout
 from tests.conftest import random_model
@@ -159,7 +160,7 @@ def _trained(p: Params, folder: Path, patch: pytest.MonkeyPatch) -> Trained:
     patch.setattr(grpo, "_Trainer", Trainer)
     patch.setattr(grpo, "Rollouts", Spy)
     patch.setattr(engine, "load", loading)
-    seen.log = grpo.run(p, SPEED, folder)
+    seen.log = grpo.run(p, folder, SPEED)
     return seen
 
 
@@ -275,7 +276,7 @@ def cache_of_the_small_model(case: Case) -> None:
     assert arguments(spec, path, 4, cpu=False, lora=None).get("kv_cache_memory_bytes") == 2**29
 
 
-def launched(case: Case, patch: pytest.MonkeyPatch, device: str, **changes) -> list[str]:
+def launched(patch: pytest.MonkeyPatch, run: Callable, processes: int, p: Params, folder: Path) -> list[str]:
     """The command that starts the training processes."""
     commands = []
 
@@ -288,29 +289,18 @@ def launched(case: Case, patch: pytest.MonkeyPatch, device: str, **changes) -> l
         __enter__, __exit__ = (lambda self: self), (lambda self, *error: None)
 
     patch.setattr(launch.subprocess, "Popen", Process)
-    patch.setattr(launch, "device_of", lambda spec: device)
-    write_json(case.folder / "log.json", [])
-    launch.launch(params(case, **changes), SPEED, case.folder)
+    write_json(folder / "log.json", [])
+    launch.launch(run, processes, p, folder)
     return commands[0]
 
 
 @shows("grpo.processes")
 def processes_that_train(case: Case) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        assert "--nproc_per_node=2" in launched(case, patch, "cpu", processes=2)
-        assert "--num_processes=2" in launched(case, patch, "cuda", processes=2)
     p = params(case, processes=2)
     given = grpo._arguments(p.tuned, p.grpo, p.offload, 0, case.folder)
     assert given.per_device_train_batch_size == 8, "each has its part of the batch"
-
-
-@shows("grpo.accelerate_config")
-def how_processes_share(case: Case) -> None:
-    file = "params/accelerate/zero2.yaml"
     with pytest.MonkeyPatch.context() as patch:
-        command = launched(case, patch, "cuda", accelerate_config=file)
-    named = [argument.partition("=")[2] for argument in command if argument.startswith("--config_file=")]
-    assert [Path(name).resolve() for name in named] == [ROOT / file] and "--multi_gpu" not in command
+        assert "--nproc_per_node=2" in launched(patch, grpo.run, p.grpo.processes, p, case.folder)
 
 
 @shows("grpo.learning_rate")

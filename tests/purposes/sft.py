@@ -16,7 +16,7 @@ from srlib.decoding import policies
 from srlib.params import ROOT, Params
 from srlib.training import sft
 from tests.purposes import Case, shows
-from tests.purposes.grpo import models
+from tests.purposes.grpo import launched, models
 from tests.test_sft import annotated
 
 BASE = {"sft.batch_size": 8, "sft.learning_rate": 1e-2}
@@ -119,6 +119,15 @@ def traces_of_a_step(case: Case) -> None:
     seen = trained(case, batch_size=4)
     assert [len(part.labels) for part in seen.parts] == [4] * 4
     assert seen.trainer.state.global_step == 4
+
+
+@shows("sft.processes")
+def processes_that_train(case: Case) -> None:
+    seen = trained(case, processes=2)
+    assert [len(part.labels) for part in seen.parts] == [4] * 4, "each has its part of the batch"
+    p = case.params({"sft.processes": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        assert "--nproc_per_node=2" in launched(patch, sft.run, p.sft.processes, p, case.folder)
 
 
 @shows("sft.gradient_accumulation_steps")
