@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from srlib import SrlibError, engine
 from srlib.data import arith
-from srlib.engine import Request, models, slots, transformers
+from srlib.engine import Request, slots, transformers
 from srlib.params import ModelSpec
 from srlib.run import twins
 
@@ -31,17 +31,18 @@ SERVED = {
     "olmo2": {},
     "olmo3": {},
     "gpt_oss": {},
-    "deepseek_v3": {"num_hidden_layers": 2, "n_routed_experts": 8},  # values are smaller than keys
 }
 REFUSED = {
     "llama4_text": "layers of the kind chunked_attention",
+    "deepseek_v3": "it keeps its keys compressed",
     "gptj": "its attention is its own",
     "doge": "DogeAttention makes a mask of its own",
-    "gpt2": "while a model was at work",  # its positions are a table
+    "gpt2": "AttributeError while a model was at work",  # its output asks for attention across two texts
     "phi3 of long context": "beyond 48 tokens it scales all positions anew; with a context of 48 it runs",
 }
 OTHERS = {
     "phi3 of long context": {"rope_parameters": ROPE | {"original_max_position_embeddings": CONTEXT // 2}},
+    "deepseek_v3": {"num_hidden_layers": 2, "n_routed_experts": 8},
     "gptj": {"n_layer": 2, "n_embd": 128, "n_head": 2, "rotary_dim": 16},
     "gpt2": {"n_layer": 2, "n_embd": 128, "n_head": 2},
 }
@@ -101,17 +102,17 @@ def test_an_architecture_is_served_as_the_model_itself_writes_and_scores(name, t
     requests = served.run(*(Request(served.open([]), feed=ids, max_new=24) for ids in texts))
     for request, ids, trace, values in zip(requests, texts, traces, picked):
         assert request.ids == trace[len(ids) :]
-        assert request.logprobs == pytest.approx(values[len(ids) - 1 :].tolist(), abs=1e-3)
+        assert request.logprobs == pytest.approx(values[len(ids) - 1 :].tolist(), abs=2e-4)
     # Asked at ids that are given, of sequences of all lengths in one pass.
     asked = served.run(*(Request(r.sequence, feed=ids[1:6], ask=4, watch=7) for r, ids in zip(requests, traces)))
     for request in asked:
         whole = logprobs(model, [*request.sequence.ids, 0])[-4:]
         assert request.own == whole.argmax(1).tolist()
-        assert request.watched == pytest.approx(whole[:, 7].tolist(), abs=1e-3)
+        assert request.watched == pytest.approx(whole[:, 7].tolist(), abs=2e-4)
     for tokens in (transformers.SCORE_TOKENS, 64):  # in one pass, and in several with a cache
         monkeypatch.setattr(transformers, "SCORE_TOKENS", tokens)
         for scored, values in zip(served.score(traces), picked):
-            assert scored == pytest.approx(values.tolist(), abs=1e-3)
+            assert scored == pytest.approx(values.tolist(), abs=2e-4)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
@@ -126,7 +127,9 @@ def test_attention_without_a_kernel_is_the_same_in_parts_and_on_padded_batches(n
     seen = torch.ones_like(ids)
     seen[1, :31] = 0
     expected, logits = (m(ids, attention_mask=seen).logits for m in (model, served.model))
-    assert torch.allclose(logits[0], expected[0], atol=1e-4) and torch.allclose(logits[1, 31:], expected[1, 31:], atol=1e-4)
+    assert torch.allclose(logits[0], expected[0], atol=1e-4) and torch.allclose(
+        logits[1, 31:], expected[1, 31:], atol=1e-4
+    )
     logits.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in served.model.parameters() if p.grad is not None)
 

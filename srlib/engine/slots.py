@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,7 @@ PADDING = 150_000  # multiplications of queries with keys, in one layer, that co
 SCORES = 2**26  # of queries with keys, that are held at the same time where torch has no kernel for a model's attention
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What a layer's attention does beside the usual."""
 
     scaling: float | None = None  # of the scores; None: by the root of the head size
@@ -207,21 +206,32 @@ class Slots(Cache):
 
     def __init__(self, slots: int, context: int) -> None:
         super().__init__(layers=[])
-        self.slots, self.context, self.length = slots, context, 0
+        self.slots, self.context = slots, context
+        self.length = 0  # that every store has
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         # (N,) slot and position of each token of the pass under way; of one token, two numbers
         self.rows: torch.Tensor | int = 0
         self.positions: torch.Tensor | int = 0
 
-    def reserve(self, length: int) -> None:
-        """Make room for sequences of `length` ids."""
-        if length > self.length:
-            self.length = max(length, min(max(64, 2 * self.length), self.context))
-            for store in (self.keys, self.values):
-                for layer, x in store.items():
-                    store[layer] = x.new_zeros(*x.shape[:2], self.length, x.shape[3])
-                    store[layer][:, :, : x.shape[2]] = x
+    def reserve(self, length: int, used: int) -> None:
+        """Make room for sequences of `length` ids in the first `used` slots: at least twice what there was.
+
+        A store grows some tokens before the next one does, so that no step of a sequence that grows copies all of them.
+        """
+        stores = [(store, layer) for store in (self.keys, self.values) for layer in store]
+        if length + len(stores) <= self.length:
+            return
+        if not stores:
+            self.length = max(length, min(64, self.context))
+        for ahead, (store, layer) in enumerate(stores):
+            x, needed = store[layer], min(length + ahead, self.context)
+            if needed > x.shape[2]:
+                longer = max(needed, min(2 * x.shape[2], self.context))
+                store[layer] = _zeros(x, self.slots, x.shape[1], longer, x.shape[3])
+                store[layer][:used, :, : x.shape[2]] = x[:used]
+        if stores:
+            self.length = min(store[layer].shape[2] for store, layer in stores)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -229,13 +239,20 @@ class Slots(Cache):
         answers = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             if layer_idx not in store:
-                store[layer_idx] = new.new_zeros(self.slots, new.shape[1], self.length, new.shape[3])
+                store[layer_idx] = _zeros(new, self.slots, new.shape[1], self.length, new.shape[3])
             if isinstance(self.rows, int):
                 store[layer_idx][self.rows, :, self.positions] = new[0, :, 0]  # (heads, head size)
             else:
                 store[layer_idx][self.rows, :, self.positions] = new[0].transpose(0, 1)  # (N, heads, head size)
             answers.append(store[layer_idx])
         return tuple(answers)
+
+
+def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Of dtype and device of `like`. On a CPU idle slots take no memory: the system gives a page when it is written."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros(math.prod(shape) * like.itemsize, np.uint8)).view(like.dtype).view(shape)
 
 
 def _attend(
