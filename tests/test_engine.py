@@ -128,7 +128,7 @@ def test_int8_does_not_tell_of_every_pass(folders, caplog):
 
 def test_the_cache_grows_as_planned_and_no_step_copies_all_of_it(tokenizer):
     """Bytes, not seconds: copies that are spread, and idle slots that are neither copied nor held in memory."""
-    length, slots = 1024, 64
+    length, slots = 1024, 512
     made = TransformersEngine(random_model(len(tokenizer), 1, context=length), tokenizer, slots)
     sequence = made.open([5] * 3)
     request = made.submit(Request(sequence, max_new=length - 3))
