@@ -1,10 +1,12 @@
 import pytest
 import torch
+from psutil import Process
 
 from srlib import SrlibError, engine
-from srlib.engine import Request, Sampling
+from srlib.engine import Request, Sampling, models
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import ModelSpec
+from tests.conftest import random_model
 
 
 def generate(model, prompt, n):
@@ -122,6 +124,53 @@ def test_int8_does_not_tell_of_every_pass(folders, caplog):
     made.score([[5, 6, 7]])
     assert "Linear8bitLt" in {type(module).__name__ for module in made.model.modules()}
     assert "bitsandbytes" not in {record.name.partition(".")[0] for record in caplog.records}
+
+
+def test_the_cache_grows_as_planned_and_no_step_copies_all_of_it(tokenizer):
+    """Bytes, not seconds: copies that are spread, and idle slots that are neither copied nor held in memory."""
+    length, slots = 1024, 512
+    made = TransformersEngine(random_model(len(tokenizer), 1, context=length), tokenizer, slots)
+    sequence = made.open([5] * 3)
+    request = made.submit(Request(sequence, max_new=length - 3))
+    before, sizes, resident = {}, [], Process().memory_info().rss
+    grown = []  # stores that were copied in one step
+    while not made.step():
+        stores = {
+            (i, layer): x
+            for i, store in enumerate((made._cache.keys, made._cache.values))
+            for layer, x in store.items()
+        }
+        grown.append(sum(before.get(key) is not None and before[key] != x.data_ptr() for key, x in stores.items()))
+        before = {key: x.data_ptr() for key, x in stores.items()}
+        sizes.append(sum(x.nbytes for x in stores.values()))
+    assert len(request.ids) == length - 3
+    assert set(grown) == {0, 1} and sum(grown) == 4 * 4  # two layers' keys and values; from 64 to 1,024
+    token = 2 * 2 * 32 * 4  # keys and values of two layers, a head of 32, fp32
+    for i, size in enumerate(sizes):  # as srlib/cost/memory.py counts it; a store doubles up to three tokens early
+        assert slots * token * (i + 3) <= size <= slots * token * max(64, min(2 * (i + 6), length))
+    assert sizes[-1] == slots * token * length
+    assert Process().memory_info().rss - resident < sizes[-1] / 4
+
+
+def test_where_a_gpu_is_asked_for_its_attention_makes_no_plans(monkeypatch, folders):
+    """Those of cuDNN are made for each exact shape."""
+    told = []
+
+    def loads(*args, **settings):
+        told.append((settings["device_map"][""], torch.backends.cuda.cudnn_sdp_enabled()))
+        raise ValueError("no weights")
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", loads)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        for gpu in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)  # noqa: B023
+            with pytest.raises(SrlibError, match="no weights"):
+                engine.load(folders[0])
+        assert told == [("cpu", True), ("cuda", False)]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_load_errors(pair, tokenizer, tmp_path):

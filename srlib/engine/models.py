@@ -20,6 +20,7 @@ from transformers.utils import logging
 from srlib import SrlibError
 from srlib.data.prompts import set_template
 from srlib.engine.files import check
+from srlib.engine.slots import ATTENTION
 from srlib.params.models import ModelSpec
 
 
@@ -58,11 +59,14 @@ def load_model(spec: ModelSpec, trainable: bool = False) -> tuple[PreTrainedMode
     """
     check(spec)
     assert spec.path is not None, "check has seen to it"
+    if device_of(spec) != "cpu":
+        # On Hopper torch prefers cuDNN's attention, which makes a plan for each exact shape and keeps it: as sequences
+        # grow, each step would wait for a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             spec.path,
             dtype=dtype_of(spec),
-            attn_implementation="sdpa",
             use_safetensors=True,
             quantization_config=_quantization(spec),
             device_map={"": device_of(spec)},
@@ -76,6 +80,8 @@ def load_model(spec: ModelSpec, trainable: bool = False) -> tuple[PreTrainedMode
         raise SrlibError(f"The model in {spec.path} cannot be loaded: {_line(error)}. Make it again.") from None
     if absent := sorted(found["missing_keys"]):  # which transformers has drawn at random
         raise SrlibError(f"The model in {spec.path} is not whole: it has no {absent[0]}. Make it again.")
+    if model._supports_attention_backend:  # torch's, but for what its kernels would leave out without a word
+        model.set_attn_implementation(ATTENTION)
     tokenizer = load_tokenizer(spec)
     if spec.adapter is not None:
         model = _with_adapter(model, tokenizer, spec, trainable)

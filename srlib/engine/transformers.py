@@ -11,7 +11,9 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from copy import copy
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from srlib import SrlibError
 from srlib.engine.models import eos_of, load_model
@@ -29,19 +32,23 @@ from srlib.engine.protocol import GREEDY, SCORE_POSITIONS, SCORE_TOKENS, Counter
 from srlib.engine.slots import ATTENTION, PADDING, Fresh, Groups, Row, Slots
 from srlib.params import ModelSpec
 
+LAYERS = {"full_attention", "sliding_attention"}  # kinds that are served, as configurations name them
+
 
 class TransformersEngine:
     """A causal language model with a KV cache for each open sequence; it works in steps.
 
     Args:
-        model: any decoder with rotary positions and full attention; may be a live PEFT model.
+        model: any decoder with rotary positions and full or sliding attention; may be a live PEFT model.
         tokenizer: kept for callers; the engine itself deals in ids.
         slots: how many sequences can be open at the same time.
         context: longest sequence; None: the model's own.
+
+    Raises:
+        SrlibError: it is another model.
     """
 
     running = False
-    attention = ATTENTION
 
     def __init__(
         self,
@@ -51,24 +58,31 @@ class TransformersEngine:
         context: int | None = None,
     ) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = self.model.config.get_text_config()
+        self.context = min(context or config.max_position_embeddings, config.max_position_embeddings)
+        if reason := _unserved(self.model, self.context):
+            raise _refusal(self.model, reason)
         if self.model.config._attn_implementation != ATTENTION:
             self.model.set_attn_implementation(ATTENTION)
         self.tokenizer = tokenizer
         self.slots = slots
-        config = self.model.config
-        self.context = min(context or config.max_position_embeddings, config.max_position_embeddings)
         self.eos = eos_of(self.model.generation_config, tokenizer)
         self.counters = Counters()
         self.pending: list[Request] = []
         self._free = list(range(slots))[::-1]
+        self._used = 0  # slots that have held a sequence: the first ones are taken first
         self._cache = Slots(slots, self.context)
         # (K, G) numbers of the query heads of each key
-        self._heads = np.arange(config.num_attention_heads).reshape(config.num_key_value_heads, -1)
+        keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self._heads = np.arange(config.num_attention_heads).reshape(keys, -1)
         self._query_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._query_size *= config.num_attention_heads
         # Asked once: transformers goes through the modules for each of these.
         self.device, self._dtype = self.model.device, self.model.dtype
-        self._decoder, self._head = self.model.get_decoder(), self.model.get_output_embeddings()
+        self._decoder, self._output = self.model.get_decoder(), self.model.get_output_embeddings()
+        self._plain: bool | None = None  # whether the output layer is all that stands behind the decoder
+        self._head = copy(self.model)  # all of the model but its decoder
+        self._head._modules = {n: _Given() if m is self._decoder else m for n, m in self.model.named_children()}
         self._made_already = torch.empty(1, 1, 1, 1, device=self.device)  # a mask that nobody reads: see `slots`
 
     def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
@@ -176,11 +190,24 @@ class TransformersEngine:
             ).last_hidden_state  # (B, W, E)
             flat = hidden.flatten(0, 1).split(SCORE_POSITIONS), after.flatten().split(SCORE_POSITIONS)
             # some places at a time: the logits of all would be larger than the model
-            reduced = [reduce(self._head(h).float().log_softmax(-1), i) for h, i in zip(*flat)]
+            reduced = [reduce(self._logits(h).float().log_softmax(-1), i) for h, i in zip(*flat)]
             values.append(torch.cat(reduced).view(after.shape))
             self.counters.calls += 1
         self.counters.forward_tokens += sum(map(len, sequences))
         return [row[: len(s) - 1] for row, s in zip(torch.cat(values, 1).tolist(), sequences)]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, V) what the model makes of its decoder's answers (N, E): it may scale or cap what its output layer says.
+
+        Where it does not, that layer alone is asked, which takes a tiny model a tenth of a step less.
+        """
+        if self._plain is None:  # tried where numbers are large enough for caps to be felt
+            far = torch.linspace(-100, 100, hidden.shape[1], device=hidden.device, dtype=hidden.dtype)[None]
+            self._plain = torch.equal(self._output(far), self._behind(far))
+        return self._output(hidden) if self._plain else self._behind(hidden)
+
+    def _behind(self, hidden: torch.Tensor) -> torch.Tensor:
+        return type(self.model).forward(self._head, inputs_embeds=hidden[None]).logits[0]
 
     def _uncache(self, sequence: Sequence, length: int) -> None:
         self.counters.discarded_tokens += sequence.processed - length
@@ -196,7 +223,8 @@ class TransformersEngine:
         rows, positions = (torch.as_tensor(x, device=device) for x in (fresh.rows, fresh.positions))
         alone = len(fresh.ids) == 1
         cache.rows, cache.positions = (int(fresh.rows[0]), int(fresh.positions[0])) if alone else (rows, positions)
-        cache.reserve(int(fresh.positions.max()) + 1)
+        self._used = max(self._used, int(fresh.slots[-1]) + 1)
+        cache.reserve(int(fresh.positions.max()) + 1, self._used)
         groups: Row | Groups
         if Row.fits(fresh):
             groups = Row(fresh, self._heads, device, self._dtype)
@@ -212,7 +240,7 @@ class TransformersEngine:
         ).last_hidden_state[0]  # (N, E)
         if len(fresh.wanted) < len(fresh.ids):
             hidden = hidden[torch.as_tensor(fresh.wanted, device=device)]  # (W, E)
-        passed = _Pass(self._head(hidden).float())  # (W, V)
+        passed = _Pass(self._logits(hidden).float())  # (W, V)
         for s, new, at in zip(sequences, fresh.counts.tolist(), fresh.answers.tolist()):
             request = asking.get(id(s))
             if request:
@@ -291,6 +319,13 @@ class TransformersEngine:
         return ended
 
 
+class _Given(torch.nn.Module):
+    """Stands in for a decoder, and answers what it is given."""
+
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
 class _Pass:
     """The logits of a forward pass, and whose they are."""
 
@@ -358,6 +393,43 @@ def uniform(sampling: Sampling, position: int) -> float:
     return (sampling.number(position) >> 11) / 2**53
 
 
+def _unserved(model: PreTrainedModel, context: int) -> str | None:
+    """What a model has that this engine knows nothing of."""
+    config = model.config.get_text_config()
+    if kinds := set(getattr(config, "layer_types", None) or ()) - LAYERS:
+        return f"it has layers of the kind {min(kinds)}"
+    if getattr(config, "kv_lora_rank", None):
+        return "it keeps its keys compressed, and would unpack those of all slots at every step"
+    if not model._supports_attention_backend:
+        return "its attention is its own, and cannot be replaced"
+    if not any(module is model.get_decoder() for module in model.children()):
+        return "its decoder and its output layer do not stand side by side"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *rope.values()):  # of all layers, or of each kind
+        if isinstance(each, dict) and each.get("rope_type") == "longrope":
+            # A pass knows one scale, for whatever it packs, and keys that are kept have the one they were made with.
+            if context > (short := each["original_max_position_embeddings"]):
+                return f"beyond {short} tokens it scales all positions anew; with a context of {short} it runs"
+    return None
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> SrlibError:
+    return SrlibError(
+        f"{type(model).__name__} does not run on the transformers engine ({reason}), which serves decoders with rotary "
+        "positions and full or sliding attention; take another model, or set its engine to vllm."
+    )
+
+
 def load(spec: ModelSpec, slots: int) -> TransformersEngine:
-    """See `srlib.engine.load`."""
-    return TransformersEngine(*load_model(spec), slots, spec.context)
+    """See `srlib.engine.load`. It is tried once: what a configuration does not tell is seen here, and not hours later."""
+    engine = TransformersEngine(*load_model(spec), slots, spec.context)
+    sequence = engine.open([0, 0])
+    try:
+        engine.run(Request(sequence, max_new=2))
+    except SrlibError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
+        raise _refusal(engine.model, str(error)) from error.__cause__
+    engine.close(sequence)
+    engine.counters = Counters()
+    return engine

@@ -200,7 +200,8 @@ def _generate(small: Engine, encoded: list[list[int]], batch: int, p: Params) ->
     """The small model through transformers' own `generate`, `batch` prompts at a time, greedy."""
     assert isinstance(small, TransformersEngine), "no other engine works in steps"
     eos = sorted(small.eos)
-    small.model.set_attn_implementation("sdpa")
+    ours = small.model.config._attn_implementation
+    small.model.set_attn_implementation("sdpa" if small.model._supports_sdpa else "eager")
     tokens, start = 0, time.perf_counter()
     for at in range(0, len(encoded), batch):
         part = encoded[at : at + batch]
@@ -214,7 +215,7 @@ def _generate(small: Engine, encoded: list[list[int]], batch: int, p: Params) ->
             ends = [i for i, token in enumerate(row) if token in small.eos]
             tokens += ends[0] + 1 if ends else len(row)
     seconds = time.perf_counter() - start
-    small.model.set_attn_implementation(small.attention)
+    small.model.set_attn_implementation(ours)
     return {"small_tokens": tokens, "under_way": batch, "seconds": seconds, "tokens_per_s": tokens / seconds}
 
 
