@@ -14,6 +14,7 @@ Rooms, from the top; each may use those below it, and none above:
     params       the settings of a run
 """
 
+import gc
 import logging
 import os
 import re
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is new in TRL, and says so every time
+# What torch and transformers make when they are imported stays: to look through it all again and again for garbage, as
+# Python's own limits have it, would take a fifth of the time that every notebook begins with.
+gc.set_threshold(20_000, 20, 20)
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # names a faster kernel, at every import
 
 __version__ = "0.1.0"

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from typing_extensions import TypedDict
 
 from srlib import SrlibError
-from srlib.params.names import unknown
 
 if TYPE_CHECKING:
     from srlib.params.models import ModelSpec
@@ -112,6 +111,8 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
     """
     for name in p.base.stages if p.base else ():
         if name not in STAGES:
+            from srlib.params.names import unknown
+
             raise SrlibError(f"base.stages: {unknown(name, list(STAGES))}")
     for name in needed(p, stage):
         if MAKERS[name] not in made_now or artefacts(p)[name].given:
