@@ -480,16 +480,10 @@ def test_two_processes_are_one_with_the_same_batch(tuned, big, problems, tmp_pat
     assert len(samples) == config.num_generations  # written once
 
 
-def test_a_launch_that_fails_says_so(tuned, tmp_path):
-    p = Params(
-        run="run",
-        outputs=str(tmp_path),
-        pair={"small": {"path": tuned.path}, "big": {"path": str(tmp_path / "absent")}},
-        data={"traces": str(tmp_path / "absent.jsonl")},
-        grpo=Grpo(processes=2),
-    )
+def test_a_launch_that_fails_says_so(tmp_path):
+    """What is run fails at once, and is quickly imported."""
     with pytest.raises(SrlibError, match="in 2 processes failed, with status 1"):
-        launch.launch(grpo.run, p.grpo.processes, p, p.stage_dir("03_grpo"), SPEED)
+        launch.launch(json.loads, 2, Params(run="run", outputs=str(tmp_path)), tmp_path)
 
 
 @settings(max_examples=60, deadline=None)

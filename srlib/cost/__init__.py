@@ -7,6 +7,17 @@
 - `planning`: what to buy
 """
 
-from srlib.cost.latency import simulate
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from srlib.cost.latency import simulate as simulate
 
 __all__ = ["simulate"]
+
+
+def __getattr__(name: str) -> Any:
+    """`simulate`, imported when it is asked for: whoever plans memory, as every run does, needs no models."""
+    if name == "simulate":
+        return import_module("srlib.cost.latency").simulate
+    raise AttributeError(f"module 'srlib.cost' has no attribute {name!r}")

@@ -11,20 +11,19 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from datasets import disable_progress_bars
-from transformers import TrainingArguments, set_seed
-from transformers.utils import logging
+from accelerate.utils import parse_flag_from_env, set_seed
 
 from srlib import SrlibError
 from srlib.data.rows import read_json
-from srlib.engine.models import device_of
 from srlib.params.models import ModelSpec
 from srlib.params.run import Params
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # What shares a model's parts out among processes; each would save its own part of the adapter as if it were all.
 SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
@@ -54,6 +53,8 @@ def launch(run: Callable[..., list[dict]], processes: int, p: Params, folder: Pa
             )
     if processes == 1:
         return run(p, folder, *given)
+    from srlib.engine.models import device_of
+
     environment = {**os.environ, "OMP_NUM_THREADS": str(p.threads or 1)}
     if device_of(p.small) == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"
@@ -111,6 +112,9 @@ def _work(job: Path) -> None:
     # They wait for each other's rollouts, which take long. On GPUs, this one's becomes the current one.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=2))
     if not state.is_main_process:  # whose bars are enough
+        from datasets import disable_progress_bars
+        from transformers.utils import logging
+
         logging.disable_progress_bar()
         disable_progress_bars()
     run(placed(p, state.device), folder, *given)
