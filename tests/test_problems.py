@@ -95,11 +95,11 @@ def test_arguments_of_a_template_are_in_it_once_and_saved_with_it(tmp_path):
         "{{ messages[0].role }}:{% if think is none %}N{% elif not think %}F{% endif %}{{ depth.most if depth }}"
     )
     for _ in range(2):  # as where a tokenizer that was saved with an adapter is loaded again
-        prompts.set_template(made, {"think": False, "depth": {"most": 3}}, "{{ x }} 'q'")
+        prompts.set_template(made, {"think": False, "depth": {"most": "3 nulls"}}, "{{ x }} 'q' %}")
         made.save_pretrained(tmp_path)
         made = type(made).from_pretrained(tmp_path)
         filled = made.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-        assert filled == "system:F3"
+        assert filled == "system:F3 nulls"
     prompts.set_template(made, {"think": None})  # in their place
     assert made.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False) == "user:N"
     with pytest.raises(SrlibError, match="template holds 'a b', which is no name"):

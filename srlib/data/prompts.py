@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +84,9 @@ def set_template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any
     for name in arguments:
         if not name.isidentifier():
             raise SrlibError(f"template holds {name!r}, which is no name of an argument.")
-    given = {name: json.dumps(value).replace("null", "none") for name, value in arguments.items()}
+    given = {name: repr(value) for name, value in arguments.items()}  # Jinja reads Python's literals
     if system:
-        given["messages"] = f"[{json.dumps({'role': 'system', 'content': system})}] + messages"
+        given["messages"] = f"{[{'role': 'system', 'content': system}]} + messages"
     if tokenizer.chat_template is None:
         if given:
             raise SrlibError(f"{tokenizer.name_or_path} has no chat template: leave template and system empty for it.")
