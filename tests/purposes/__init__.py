@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from srlib.params import Params, load
 
+Made = TypeVar("Made")
 PURPOSES: dict[str, Callable[[Case], None]] = {}  # of each setting, by its dotted name
 UNSEEN: dict[str, str] = {}  # those whose effect cannot be seen without a GPU or a server: why
 
@@ -29,6 +31,15 @@ def shows(*keys: str) -> Callable[[Callable[[Case], None]], Callable[[Case], Non
 def unseen(why: str, *keys: str) -> None:
     """The effect of these cannot be seen on a CPU."""
     UNSEEN.update(dict.fromkeys(keys, why))
+
+
+def once(kept: dict[str, Made], p: Params, make: Callable[[pytest.MonkeyPatch], Made]) -> Made:
+    """What `make` gives for these params; what is `kept`, as it was made with the same before, is looked at again."""
+    key = json.dumps(p.model_dump(exclude={"outputs"}), sort_keys=True)
+    if key not in kept:
+        with pytest.MonkeyPatch.context() as patch:
+            kept[key] = make(patch)
+    return kept[key]
 
 
 class Case:

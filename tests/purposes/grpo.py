@@ -21,7 +21,7 @@ from srlib.params import Arith, Latency, ModelSpec, Params
 from srlib.training import grpo, launch, rollouts
 from srlib.training.rewards import PRESETS, Rollout
 from tests.conftest import random_model
-from tests.purposes import Case, shows
+from tests.purposes import Case, once, shows
 from tests.test_grpo import make_tuned
 
 SPEED = latency.pair_speed(Latency())
@@ -102,11 +102,7 @@ def params(case: Case, **changes) -> Params:
 def trained(case: Case, **changes) -> Trained:
     """`grpo.run` with these settings; one that was made with the same before is looked at again."""
     p = params(case, **changes)
-    made = json.dumps(p.model_dump(exclude={"outputs"}), sort_keys=True)
-    if made not in DONE:
-        with pytest.MonkeyPatch.context() as patch:
-            DONE[made] = _trained(p, case.folder, patch)
-    return DONE[made]
+    return once(DONE, p, lambda patch: _trained(p, case.folder, patch))
 
 
 def _trained(p: Params, folder: Path, patch: pytest.MonkeyPatch) -> Trained:

@@ -15,7 +15,7 @@ from srlib.data.spans import OPEN
 from srlib.decoding import policies
 from srlib.params import ROOT, Params
 from srlib.training import sft
-from tests.purposes import Case, shows
+from tests.purposes import Case, once, shows
 from tests.purposes.grpo import launched, models
 from tests.test_sft import annotated
 
@@ -53,11 +53,7 @@ def trained(case: Case, **changes) -> Trained:
     """`sft.train` with these settings; one that was made with the same before is looked at again."""
     small = {key: value for key, value in models(case).items() if key in ("pair.small.path", "pair.big.path")}
     p = case.params({**BASE, **small, **{f"sft.{name}": value for name, value in changes.items()}})
-    made = json.dumps(p.model_dump(exclude={"outputs"}), sort_keys=True)
-    if made not in DONE:
-        with pytest.MonkeyPatch.context() as patch:
-            DONE[made] = _trained(p, case.folder, patch)
-    return DONE[made]
+    return once(DONE, p, lambda patch: _trained(p, case.folder, patch))
 
 
 def _trained(p: Params, folder: Path, patch: pytest.MonkeyPatch) -> Trained:
