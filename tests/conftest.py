@@ -94,6 +94,18 @@ def random_model(vocabulary: int, seed: int, context: int = 256, loud: tuple[int
     return model.eval()
 
 
+def small_on_disk(folder: Path, tied: bool) -> str:
+    """Folder of a tiny small model without tags; its embeddings are tied, as in the arithmetic world, or not."""
+    tokenizer = arith.tokenizer()
+    model = random_model(len(tokenizer), 4)
+    model.config.tie_word_embeddings = tied
+    if tied:
+        model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def pair(tokenizer):
     """Two random models of one vocabulary; the small one writes many tags, the big one none."""

@@ -25,7 +25,7 @@ from srlib.engine.models import fit_embeddings, load_model
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import Arith, Grpo, Latency, ModelSpec, Offload, Params, Sft
 from srlib.training import grpo, launch, rewards, rollouts, sft
-from tests.conftest import random_model
+from tests.conftest import random_model, small_on_disk
 from tests.test_sft import annotated
 
 OFFLOAD = Offload(max_tokens=24, span_budget=3, batch_size=16)
@@ -221,14 +221,7 @@ def test_a_killed_training_is_taken_up(tuned, big, problems, tmp_path, monkeypat
 @pytest.mark.parametrize("tied", [True, False])
 def test_kl_is_to_the_policy_as_it_was_loaded(big, problems, tmp_path, tied, tags, quantization):
     """Nothing at the first step, and something once the policy has moved, with every adapter that stage 02 makes."""
-    tokenizer = arith.tokenizer()
-    model = random_model(len(tokenizer), 4)
-    model.config.tie_word_embeddings = tied
-    if tied:
-        model.tie_weights()
-    model.save_pretrained(tmp_path / "small")
-    tokenizer.save_pretrained(tmp_path / "small")
-    spec = ModelSpec(path=str(tmp_path / "small"), quantization=quantization)
+    spec = ModelSpec(path=small_on_disk(tmp_path / "small", tied), quantization=quantization)
     sft.train(spec, annotated(16), Sft(tags=tags, epochs=2, batch_size=8, learning_rate=2e-2), 0, tmp_path)
     spec = spec.model_copy(update={"adapter": str(tmp_path / "adapter")})
     config = CONFIG.model_copy(update={"beta": 0.5, "save_steps": 5, "preset": "paper"})

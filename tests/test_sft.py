@@ -14,7 +14,7 @@ from srlib.decoding import policies, scheduler
 from srlib.engine.models import load_model
 from srlib.params import ModelSpec, Params, Sft
 from srlib.training import grpo, sft
-from tests.conftest import random_model
+from tests.conftest import small_on_disk
 
 
 def annotated(n):
@@ -34,14 +34,7 @@ def saved(tmp_path):
     """A tiny small model on disk, with tied embeddings as in the arithmetic world, or without."""
 
     def save(tied):
-        tokenizer = arith.tokenizer()
-        model = random_model(len(tokenizer), 4)
-        model.config.tie_word_embeddings = tied
-        if tied:
-            model.tie_weights()
-        model.save_pretrained(tmp_path / "small")
-        tokenizer.save_pretrained(tmp_path / "small")
-        return ModelSpec(path=str(tmp_path / "small"))
+        return ModelSpec(path=small_on_disk(tmp_path / "small", tied))
 
     return save
 

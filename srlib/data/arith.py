@@ -20,12 +20,13 @@ from pathlib import Path
 from tokenizers import AddedToken
 from transformers import Qwen2Tokenizer
 
+from srlib.data.prompts import THINK
 from srlib.data.rows import Problem, write_jsonl
 from srlib.data.spans import Span
 from srlib.params import Arith
 
 MODULUS = 100
-EOS, THINK, END_THINK = "<|endoftext|>", "<think>", "</think>"
+EOS, END_THINK = "<|endoftext|>", "</think>"
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul}
 # A problem belongs to one split by the hash of its text, so no two splits can share one.
 SPLITS = {"train": range(0, 80), "traces": range(80, 90), "test": range(90, 100)}

@@ -148,9 +148,8 @@ def _machine(values: dict[str, Any], noted: list[str]) -> None:
             spec["device"] = "auto"
     grpo = values["grpo"]
     if grpo["use_vllm"] and (not here or grpo["vllm_url"]):
-        noted.append("the small model's part of the rollouts is written by transformers: " + (
-            "no second server is started" if here else "vLLM is not installed"
-        ))  # fmt: skip
+        why = "no second server is started" if here else "vLLM is not installed"
+        noted.append(f"the small model's part of the rollouts is written by transformers: {why}")
         grpo |= {"use_vllm": False, "vllm_url": None, "vllm_kv_cache_gb": None}
     if values["annotate"]["method"] == "judge" and values["annotate"]["judge"]["local"] is None:
         noted.append("annotate.method is gap: no judge is asked")
@@ -199,7 +198,7 @@ def _server(values: dict[str, Any], file: Path, folder: Path, noted: list[str]) 
     if not asked:
         yield
         return
-    (spec,) = asked[:1]
+    spec = asked[0]
     found = paths.find(file)
     flags = _flags(found.read_text(encoding="utf-8")) if found else []
     with socket.socket() as s:

@@ -69,9 +69,8 @@ def make(path: str, folder: Path, context: int, noted: Callable[[str], None]) ->
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     head = model.get_output_embeddings()
-    with (
-        torch.no_grad()
-    ):  # random weights should end now and then, and ask: by the rows that are spare, which become the tags'
+    # Random weights should end now and then, and ask: by the first rows that are spare, which become the tags'.
+    with torch.no_grad():
         head.weight[[tokenizer.eos_token_id, *range(len(tokenizer), len(tokenizer) + spare)][:3]] *= 4
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

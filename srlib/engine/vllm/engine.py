@@ -14,7 +14,8 @@ How it differs from the transformers engine:
   away), so exact without them. A server gives those at temperature 1, exact at temperature 0 and
   1, unless it was started with `--logprobs-mode processed_logprobs`. `score` is at temperature 1.
 - `max_entropy` sees the 20 likeliest tokens and takes all others for one: a little too low, and more so
-  the lower the temperature, from which it is reckoned back. Once it has been used, `watched` is nan for an id that is not one of the 20 likeliest.
+  the lower the temperature, from which it is reckoned back. Once it has been used, `watched` is nan for
+  an id that is not one of the 20 likeliest.
 - Counts. A server tells what it had in its cache if it was started with
   `--enable-prompt-tokens-details`, and only for requests that vLLM itself ends; else all that was
   processed before is taken to be there. What vLLM computes until it hears of a stop it does not
