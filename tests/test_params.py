@@ -246,6 +246,15 @@ def test_numbers_and_truths_are_read_as_such(tmp_path):
     assert typed(read) == {"a": [1, "0131", True], "b": {"c": 1.5}} and typed(read)["a"][2] is True
 
 
+def test_a_section_whose_lines_are_comments_is_as_by_default(tmp_path):
+    (tmp_path / "x.yaml").write_text("run: x\nsft:\n  # epochs: 9\narith:\n  small:\n  n_test: 5\ndata: ~\n")
+    p = params.load(tmp_path / "x.yaml")
+    assert p == params.load(tmp_path / "x.yaml", **{"sft": {}, "arith.small": {}, "data": {}}) and p.arith.n_test == 5
+    assert p.sft == Params(run="x").sft and p.arith.small == Params(run="x").arith.small
+    with pytest.raises(SrlibError, match="run is empty"):
+        params.load(tmp_path / "x.yaml", run=None)
+
+
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_what_is_passed_on_as_it_is_has_its_types(section):
     """A field of any JSON is one of `Anything`: else numbers in it would go out with how they are written."""

@@ -13,6 +13,16 @@ from srlib.params.written import Anything
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_alone(cls, values: Any) -> Any:
+        """A section that is named and holds nothing, as where its lines are comments, is as it is by default."""
+        if not isinstance(values, dict):
+            return values
+        fields = {key: field.annotation for key, field in cls.model_fields.items()}
+        sections = {key for key, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Section)}
+        return {key: value for key, value in values.items() if value is not None or key not in sections}
+
 
 def section_of(annotation: Any) -> type[Section] | None:
     """The section that a field holds, or may hold."""
