@@ -1,3 +1,4 @@
+import math
 import re
 from itertools import islice
 
@@ -11,8 +12,8 @@ from srlib.annotation import alignment, annotators
 from srlib.data import arith, spans
 from srlib.data.rows import Problem
 from srlib.data.spans import Span
-from srlib.engine.protocol import Request, Sampling
-from srlib.engine.transformers import TransformersEngine
+from srlib.engine.protocol import Doubt, Request, Sampling
+from srlib.engine.transformers import TransformersEngine, uncertainty
 from srlib.engine.vllm import pieces
 from srlib.params import ROOT, Annotate, Arith
 from tests.conftest import random_model
@@ -124,21 +125,25 @@ def test_the_big_model_may_write_what_the_small_one_is_taught_to_ask_for(path):
     assert "01_annotate" in p.left_out or p.annotate.max_span_tokens <= p.offload.span_budget
 
 
-def test_an_entropy_is_the_same_number_where_a_model_reads_and_where_it_writes(engines, prompts):
+@pytest.mark.parametrize("measure", ["entropy", "margin", "confidence"])
+def test_doubt_is_the_same_number_where_a_model_reads_and_where_it_writes(engines, prompts, measure):
     small, _ = engines
     for sampling in (Sampling(), Sampling(0.3), Sampling(3.0, top_k=2, seed=1)):
         for ids in prompts[:4]:
-            [*_, exact] = small.entropies([[*ids, 0]])[0]
+            [*_, exact] = small.doubts([[*ids, 0]], measure)[0]
             for limit, unsure in ((exact - 1e-3, True), (exact + 1e-3, False)):
                 sequence = small.open(ids, sampling)
-                (request,) = small.run(Request(sequence, max_new=1, max_entropy=limit))
+                (request,) = small.run(Request(sequence, max_new=1, doubt=Doubt(measure, limit)))
                 assert request.unsure == unsure
                 small.close(sequence)
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    own = torch.special.entr(logits.softmax(-1)).sum().item()
+    p, *others = logits.softmax(-1).sort(descending=True).values.tolist()
+    by_hand = {"margin": 1 - p + others[0], "confidence": 1 - p}
+    own = by_hand.get(measure, -sum(x * math.log(x) for x in (p, *others)))
+    assert uncertainty(measure, logits.log_softmax(-1)[None]).item() == pytest.approx(own)
     for temperature in (0.3, 1.0, 2.5):  # as vLLM gives them
         logprobs = (logits / temperature).log_softmax(-1).tolist()
-        assert pieces.entropy(logprobs, temperature) == pytest.approx(own)
+        assert pieces.uncertainty(measure, logprobs, temperature) == pytest.approx(own)
 
 
 def test_gap_needs_traces_and_one_vocabulary(engines):

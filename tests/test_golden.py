@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from srlib import Offloader, engine
-from srlib.decoding.policies import Always, Entropy, Learned, Never, Random, Speculative
+from srlib.decoding.policies import Always, Learned, Never, Random, Speculative, Unsure
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import ModelSpec
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 POLICIES = {
-    policy.name: policy for policy in (Never(), Always(), Learned(), Random(0.3, 4), Entropy(2.5, 3), Speculative(3))
+    policy.name: policy
+    for policy in (Never(), Always(), Learned(), Random(0.3, 4), Unsure("entropy", 2.5, 3, "entropy"), Speculative(3))
 }
 
 

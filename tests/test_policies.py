@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from srlib import SrlibError, engine
 from srlib.data import arith, spans
 from srlib.data.spans import Tags
-from srlib.decoding.policies import Always, Entropy, Learned, Never, Random, Speculative
+from srlib.decoding.policies import Always, Learned, Never, Random, Speculative, Unsure
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import BIG, FORCED, SMALL
 from srlib.decoding.translate import Vocabulary
+from srlib.engine.protocol import Doubt
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import ModelSpec
 from tests.conftest import random_model
@@ -45,22 +46,29 @@ def test_the_cap_holds_for_every_problem(engines, prompts, cap):
     assert any(t.big_tokens for t in capped)
 
 
-def test_entropy_asks_where_the_small_model_is_unsure(engines, prompts):
+@pytest.mark.parametrize(
+    ("measure", "above", "most"), [("entropy", 2.0, 100.0), ("margin", 0.9, 1.0), ("confidence", 0.8, 1.0)]
+)
+def test_the_big_model_is_asked_where_the_small_one_is_unsure(engines, prompts, measure, above, most):
+    def write(threshold, prompts):
+        return Offloader(*engines, Unsure(measure, threshold, 4), max_tokens=24).run(prompts)
+
     small, _ = engines
-    always_sure = Offloader(*engines, Entropy(100.0), max_tokens=24).run(prompts)
-    assert ids(always_sure) == ids(Offloader(*engines, Never(), max_tokens=24).run(prompts))
-    never_sure = Offloader(*engines, Entropy(1e-9, 4), max_tokens=24).run(prompts)
-    assert all(t.big_tokens == len(t.ids) for t in never_sure)
-    for trace in Offloader(*engines, Entropy(2.0, 4), max_tokens=24).run(prompts[:8]):
+    assert ids(write(most, prompts)) == ids(Offloader(*engines, Never(), max_tokens=24).run(prompts))
+    assert all(trace.big_tokens == len(trace.ids) for trace in write(-1.0, prompts))
+    owned = set()
+    for trace in write(above, prompts[:8]):
         for i, owner in enumerate(trace.owners):
             before = trace.prompt_ids + trace.ids[:i]
-            request = engine.Request(small.open([]), feed=before, max_new=1, max_entropy=2.0)
+            request = engine.Request(small.open([]), feed=before, max_new=1, doubt=Doubt(measure, above))
             small.run(request)
             small.close(request.sequence)
             if owner == SMALL:
                 assert not request.unsure
             elif trace.owners[i - 1 : i] != [BIG]:
                 assert request.unsure
+            owned.add(owner)
+    assert owned == {SMALL, BIG}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -78,7 +86,9 @@ def test_speculative_decoding_writes_what_the_big_model_writes(engines, prompts,
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("policy", [Learned(), Random(0.3, 4), Entropy(3.0, 3), Speculative(3)], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "policy", [Learned(), Random(0.3, 4), Unsure("entropy", 3.0, 3), Speculative(3)], ids=lambda p: p.name
+)
 @pytest.mark.parametrize("how", [{"stream_chunk": 3}, {"overlap": True}])
 def test_pipelining_changes_no_token(engines, prompts, policy, temperature, how):
     settings = {"max_tokens": 32, "span_budget": 6, "control_chunk": 2, "temperature": temperature}
@@ -245,7 +255,7 @@ def test_two_vocabularies_write_one_trace(others, monkeypatch):
     def text(trace, end=None):
         return ours.decode(spans.strip(trace.prompt_ids + trace.ids[:end], trace.tags)).removesuffix("<|end|>")
 
-    for policy in (Learned(), Random(0.4, 3), Entropy(3.0, 3)):
+    for policy in (Learned(), Random(0.4, 3), Unsure("entropy", 3.0, 3)):
         for chunk in (1, 3):
             opened.clear()
             traces = Offloader(small, big, policy, max_tokens=48, span_budget=6, control_chunk=chunk).run(prompts)

@@ -5,7 +5,7 @@ from multiprocessing.connection import wait
 import pytest
 
 from srlib import SrlibError, engine
-from srlib.decoding.policies import Always, Entropy, Learned, Random, Speculative
+from srlib.decoding.policies import Always, Learned, Random, Speculative, Unsure
 from srlib.decoding.scheduler import Offloader
 from srlib.engine import Request, Sampling
 from srlib.engine.process import ProcessEngine
@@ -26,7 +26,9 @@ def ids(traces):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("policy", [Learned(), Random(0.3, 4), Entropy(3.0, 3), Speculative(3)], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "policy", [Learned(), Random(0.3, 4), Unsure("entropy", 3.0, 3), Speculative(3)], ids=lambda p: p.name
+)
 @pytest.mark.parametrize("how", [{}, {"stream_chunk": 3}, {"overlap": True}])
 def test_one_or_both_in_processes_change_no_token(engines, apart, prompts, policy, temperature, how):
     settings = {"max_tokens": 32, "span_budget": 6, "control_chunk": 2, "temperature": temperature}
@@ -54,8 +56,8 @@ def test_requests_scores_and_counters(engines, apart, prompts):
         e.close(s)
     assert answers[0] == answers[1]
     assert there.counters.forward_tokens - before == answers[1][3]
-    for method in ("score", "entropies"):
-        a, b = (getattr(e, method)(prompts[:3]) for e in (here, there))
+    for method, how in (("score", ()), ("doubts", ()), ("doubts", ("margin",))):
+        a, b = (getattr(e, method)(prompts[:3], *how) for e in (here, there))
         assert [pytest.approx(row, abs=1e-4) for row in a] == b
     with pytest.raises(SrlibError, match="IndexError while a model was at work"):
         there.score([[10**6, 1]])

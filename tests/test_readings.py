@@ -75,7 +75,7 @@ def test_another_model_reads_for_itself_alone(models, asked, tokenizer, tmp_path
 
 def test_other_code_and_other_ids_are_not_met(models, asked, tmp_path, monkeypatch):
     p = settings(models)
-    whats = ("score", "entropies")
+    whats = ("score", "doubts")
     assert len({readings.journal(tmp_path, spec, what) for spec in (p.small, p.big) for what in whats}) == 4
     before = readings.journal(tmp_path, p.big, "score")
     assert readings.journal(tmp_path, p.big.model_copy(update={"kv_cache_gb": 2.0}), "score") == before

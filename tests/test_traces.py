@@ -152,9 +152,9 @@ def test_agreement_on_a_case_worked_by_hand(tokenizer):
 def test_a_long_trace_is_read_in_chunks(engines, prompts, monkeypatch):
     small, _ = engines
     asked = [ids * 6 for ids in prompts[:5]]
-    whole, unsure = small.score(asked), small.entropies(asked)
+    whole, unsure = small.score(asked), small.doubts(asked)
     monkeypatch.setattr(transformers, "SCORE_TOKENS", 64)
-    for one, other in zip(whole + unsure, small.score(asked) + small.entropies(asked)):
+    for one, other in zip(whole + unsure, small.score(asked) + small.doubts(asked)):
         assert one == pytest.approx(other, abs=1e-4)
 
 

@@ -146,7 +146,7 @@ def entropy(
 ) -> Iterator[Annotated]:
     """As `gap`, but for the tokens where the small model's distribution has more entropy than the threshold (nats)."""
     asked = _passages(problems, "entropy", small.tokenizer, hint)
-    read = readings.read(small, "entropies", asked, config.batch_size, file)
+    read = readings.read(small, "doubts", asked, config.batch_size, file)
     return _by_value((values.tolist() for values in read), "entropy", problems, config, small.tokenizer)
 
 
@@ -295,12 +295,12 @@ def _annotator(
     def scores() -> tuple[Path, Path]:
         return readings.journal(folder, p.small, "score"), readings.journal(folder, p.big, "score")
 
-    def entropies() -> Path:
-        return readings.journal(folder, p.small, "entropies")
+    def doubts() -> Path:
+        return readings.journal(folder, p.small, "doubts")
 
     return {
         "gap": lambda asked: gap(_loaded(small), _loaded(big), asked, config, scores(), hint),
-        "entropy": lambda asked: entropy(_loaded(small), asked, config, entropies(), hint),
+        "entropy": lambda asked: entropy(_loaded(small), asked, config, doubts(), hint),
         "random": lambda asked: random(asked, config, tokenizer, p.seed),
         "given": lambda asked: given(asked, config, tokenizer),
     }[name]

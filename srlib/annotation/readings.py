@@ -29,7 +29,7 @@ from srlib.params import ModelSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-What = Literal["score", "entropies"]  # methods of an engine
+What = Literal["score", "doubts"]  # methods of an engine
 
 
 class Passage(NamedTuple):

@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 
 from srlib.data import spans
 from srlib.decoding.writer import Steps, Writer
+from srlib.engine.protocol import Doubt, Measure
 
 
 class Policy(Protocol):
@@ -113,16 +114,21 @@ class Random(Policy):
 
 
 @dataclass(frozen=True)
-class Entropy(Policy):
-    """Where the small model's next token has more than `threshold` nats, the big one writes `chunk` tokens."""
+class Unsure(Policy):
+    """Where the small model is unsure of its next token, the big one writes `chunk` tokens; nothing is trained.
 
+    Args:
+        measure, threshold: see `Doubt`.
+    """
+
+    measure: Measure
     threshold: float
     chunk: int = 4
-    name: str = "entropy"
+    name: str = "unsure"
 
     def write(self, writer: Writer) -> Steps:
         while not writer.done:
-            stop = yield from writer.small_writes(writer.left, max_entropy=self.threshold)
+            stop = yield from writer.small_writes(writer.left, doubt=Doubt(self.measure, self.threshold))
             if stop == "unsure":
                 yield from writer.big_writes(self.chunk)
 

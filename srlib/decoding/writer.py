@@ -30,7 +30,7 @@ from typing import Any
 from srlib.data import spans
 from srlib.decoding.duo import Duo, Turns
 from srlib.decoding.trace import BIG, FORCED, NAN, SMALL, Handover, Trace
-from srlib.engine.protocol import STOP_TAIL, Request, Sampling, Sequence
+from srlib.engine.protocol import STOP_TAIL, Doubt, Request, Sampling, Sequence
 
 Steps = Generator[Request, None, None]  # what is waited for, until it is done
 
@@ -167,12 +167,12 @@ class Writer:
         self.trace.small_forward_tokens, self.trace.big_forward_tokens = self.small.forwarded, self.big.forwarded
 
     def small_writes(
-        self, n: int, tags: bool = False, max_entropy: float | None = None
+        self, n: int, tags: bool = False, doubt: Doubt | None = None
     ) -> Generator[Request, None, str | None]:
         """Up to `n` tokens by the small model, up to a tag with `tags`, or to where it is unsure.
 
         Args:
-            max_entropy: of a token's distribution, in nats; a token above it is not written.
+            doubt: a token of which the model is less sure is not written.
 
         Returns:
             the tag it ended with, `unsure`, or None.
@@ -184,7 +184,7 @@ class Writer:
             before = len(self.trace.ids)
             request = self.small.request(
                 max_new=min(end - before, o.stream_chunk or o.max_tokens),
-                max_entropy=max_entropy,
+                doubt=doubt,
                 recent=self.trace.ids[max(start, before - STOP_TAIL) : before],
                 live=self._live,
                 **ends,

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from srlib import SrlibError
 from srlib.engine.files import check
-from srlib.engine.protocol import GREEDY, Counters, Request, Running, Sampling, Sequence
+from srlib.engine.protocol import GREEDY, Counters, Measure, Request, Running, Sampling, Sequence
 from srlib.params import ModelSpec
 
 SHORT = select.PIPE_BUF - 4  # bytes of a message that goes over at once, with its length before it
@@ -53,7 +53,7 @@ class ProcessEngine(Running):
         self._orders: list[Order] = []
         self._under_way: dict[int, Request] = {}
         self._done: list[Request] = []  # not collected yet
-        self._results: dict[int, Any] = {}  # of `score` and `entropies`
+        self._results: dict[int, Any] = {}  # of `score` and `doubts`
         self._gone = ""
         # Two pipes of one direction: to read from a socket wakes the other side as well.
         (self.ready, answers), (orders, self._pipe) = Pipe(duplex=False), Pipe(duplex=False)
@@ -105,7 +105,7 @@ class ProcessEngine(Running):
         name = next(self._names)
         self._under_way[name] = request
         r = request
-        asked = (r.feed, r.max_new, r.stops, r.stop_texts, r.recent, r.max_entropy, r.ask, r.watch, r.live)
+        asked = (r.feed, r.max_new, r.stops, r.stop_texts, r.recent, r.doubt, r.ask, r.watch, r.live)
         self._orders.append(("submit", name, request.sequence.slot, asked))
         return request
 
@@ -172,13 +172,13 @@ class ProcessEngine(Running):
         """
         return self._call("score", sequences)
 
-    def entropies(self, sequences: list[list[int]]) -> list[list[float]]:
-        """As `TransformersEngine.entropies`.
+    def doubts(self, sequences: list[list[int]], measure: Measure = "entropy") -> list[list[float]]:
+        """As `TransformersEngine.doubts`.
 
         Raises:
             SrlibError: the model failed.
         """
-        return self._call("entropies", sequences)
+        return self._call("doubts", sequences, measure)
 
     def _call(self, method: str, *args: Any) -> Any:
         name = next(self._names)

@@ -23,7 +23,7 @@ from hashlib import blake2b
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from socket import socket
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeGuard
 
 from srlib import SrlibError
 from srlib.params import ModelSpec
@@ -68,6 +68,20 @@ class Sequence:
     logits: torch.Tensor | None = None  # (V,), after the last processed token
 
 
+Measure = Literal["entropy", "margin", "confidence"]
+
+
+class Doubt(NamedTuple):
+    """More than `above` of a measure of how unsure a model is, of the distribution of its next token at temperature 1.
+
+    The measures of uncertainty sampling (Settles 2009, section 3.1), which all grow with doubt: `entropy` in
+    nats, `margin` 1 − (p₁ − p₂) of the two likeliest tokens, `confidence` 1 − p₁.
+    """
+
+    measure: Measure
+    above: float
+
+
 @dataclass(eq=False)
 class Request:
     """Read `feed`, then decode up to `max_new` tokens or to one of `stops`.
@@ -86,7 +100,7 @@ class Request:
     stops: tuple[tuple[int, ...], ...] = ()
     stop_texts: tuple[str, ...] = ()  # ends when the text of the decoded ids holds one of these
     recent: list[int] = field(default_factory=list)  # decoded just before: where a stop may have begun
-    max_entropy: float | None = None  # in nats: ends before a token whose distribution, at temperature 1, has more
+    doubt: Doubt | None = None  # ends before a token of which the model is less sure
     ask: int = 0
     watch: int | None = None
     live: bool = False  # `ids` grows token by token while it is under way, in a running engine, too
@@ -97,7 +111,7 @@ class Request:
     own: list[int] = field(default_factory=list)
     watched: list[float] = field(default_factory=list)
     stopped: tuple[int, ...] | str | None = None  # the stop the decoded ids end with
-    unsure: bool = False  # ended by `max_entropy`
+    unsure: bool = False  # ended by `doubt`
     done: bool = False  # set by who waits for it
     error: SrlibError | None = None  # it failed; nothing above is of use, and the sequence is lost
 
@@ -185,8 +199,8 @@ class Engine(Protocol):
         """Log-probability of every id of each sequence but its first, given what stands before it, in nats."""
         ...
 
-    def entropies(self, sequences: list[list[int]]) -> list[list[float]]:
-        """As `score`, but the entropy in nats of each id's distribution at temperature 1."""
+    def doubts(self, sequences: list[list[int]], measure: Measure = "entropy") -> list[list[float]]:
+        """As `score`, but how unsure the model is of each id; see `Doubt`."""
         ...
 
 

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from srlib import SrlibError
 from srlib.engine.models import eos_of, load_model
-from srlib.engine.protocol import GREEDY, SCORE_POSITIONS, SCORE_TOKENS, Counters, Request, Sampling, Sequence
+from srlib.engine.protocol import GREEDY, SCORE_POSITIONS, SCORE_TOKENS, Counters, Measure, Request, Sampling, Sequence
 from srlib.engine.slots import ATTENTION, PADDING, Fresh, Groups, Row, Slots
 from srlib.params import ModelSpec
 
@@ -170,9 +170,9 @@ class TransformersEngine:
         """
         return self._scan(sequences, lambda logprobs, ids: logprobs.gather(-1, ids[:, None])[:, 0])
 
-    def entropies(self, sequences: list[list[int]]) -> list[list[float]]:
-        """As `score`, but the entropy in nats of each id's distribution at temperature 1."""
-        return self._scan(sequences, lambda logprobs, _: entropy(logprobs))
+    def doubts(self, sequences: list[list[int]], measure: Measure = "entropy") -> list[list[float]]:
+        """As `score`, but how unsure the model is of each id; see `Doubt`."""
+        return self._scan(sequences, lambda logprobs, _: uncertainty(measure, logprobs))
 
     @torch.inference_mode()
     def _scan(
@@ -281,9 +281,9 @@ class TransformersEngine:
             rows += range(first, first + request.ask)
             at += [(request.sequence.sampling, i) for i in range(end - request.ask + 1, end + 1)]
             watched += [request.watch] * request.ask
-        unsure = any(r.max_entropy is not None for r in writing)
+        doubts: dict[Measure, list[float]] = {r.doubt.measure: [] for r in writing if r.doubt}
         logits = passed.take(rows)  # (rows, V)
-        drawn: list[tuple[int, float, float]] = []  # for each row: the id, the log-probability, the entropy in nats
+        drawn: list[tuple[int, float]] = []  # for each row: the id, the log-probability
         for i in range(0, len(rows), SCORE_POSITIONS):
             part = slice(i, i + SCORE_POSITIONS)
             chosen, logprobs = draw(logits[part], at[part])
@@ -292,18 +292,18 @@ class TransformersEngine:
                 columns = [token if watch is None else watch for token, watch in zip(tokens, watched[part])]
                 chosen = torch.tensor(columns, device=logits.device)
             picked = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-            # The model's own distribution, whatever temperature it is drawn from at.
-            entropies = entropy(logits[part].log_softmax(-1)).tolist() if unsure else [0.0] * len(tokens)
-            drawn += zip(tokens, picked, entropies)
+            drawn += zip(tokens, picked)
+            for measure, values in doubts.items():  # of the model's own distribution, at whatever temperature it draws
+                values += uncertainty(measure, logits[part].log_softmax(-1)).tolist()
         answers = iter(drawn[len(writing) :])
         for request, _ in passed.asking:
-            own, values, _ = zip(*islice(answers, request.ask))
+            own, watched_ = zip(*islice(answers, request.ask))
             request.own = list(own)
             if request.watch is not None:
-                request.watched = list(values)
+                request.watched = list(watched_)
         ended: set[Request] = set()
-        for request, (token, logprob, nats) in zip(writing, drawn):
-            if request.max_entropy is not None and nats > request.max_entropy:
+        for row, (request, (token, logprob)) in enumerate(zip(writing, drawn)):
+            if request.doubt and doubts[request.doubt.measure][row] > request.doubt.above:
                 request.unsure = True
                 ended.add(request)
                 continue
@@ -383,9 +383,12 @@ def draw(logits: torch.Tensor, at: list[tuple[Sampling, int]]) -> tuple[torch.Te
     return chosen, logprobs
 
 
-def entropy(logprobs: torch.Tensor) -> torch.Tensor:
-    """In nats, (N,), of log-probabilities (N, V)."""
-    return torch.special.entr(logprobs.exp()).sum(-1)
+def uncertainty(measure: Measure, logprobs: torch.Tensor) -> torch.Tensor:
+    """(N,) what `Doubt` measures, of log-probabilities (N, V)."""
+    if measure == "entropy":
+        return torch.special.entr(logprobs.exp()).sum(-1)
+    first, second = logprobs.topk(2).values.exp().unbind(-1)
+    return 1 - (first - second if measure == "margin" else first)
 
 
 def uniform(sampling: Sampling, position: int) -> float:

@@ -48,6 +48,7 @@ def run(
     seed: int = 0,
     file: Path | None = None,
     key: str = "",
+    progress: bool = True,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Write and grade every problem `samples` times under one policy, all in one batched run.
 
@@ -90,7 +91,7 @@ def run(
                 done[record["key"]] = record
 
         prompts, numbers = [problem.prompt for problem, _ in asked], [n for _, n in asked]
-        traces = writer.run(prompts, progress=True, numbers=numbers, finished=keep)
+        traces = writer.run(prompts, progress=progress, numbers=numbers, finished=keep)
     writer.raise_if_failed(traces)
     records = [done[name(problem, n)] for problem, n in all_]
     _grade(records, {problem.id: problem for problem in problems}, config.hint, writer.tokenizer)

@@ -92,6 +92,12 @@ class Params(Section):
         return ("01_annotate", "02_sft", "03_grpo") if self.pair.tuned is not None else ()
 
     @property
+    def to_tune(self) -> list[str]:
+        """Policies of stage 05 whose thresholds are set on problems to train on; none where there are no such problems."""
+        alike = self.data.traces is not None or self.data.test is None or self.data.test.path == "arith"
+        return [name for name in ("entropy", "margin", "confidence") if alike and name in self.evaluate.policies]
+
+    @property
     def rollout_slots(self) -> int:
         """Rollouts that one process of stage 03 has under way."""
         at_once = slots_for(self.grpo.rollouts_at_once or self.offload.batch_size, self.offload.oversubscribe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -423,6 +423,12 @@ class Offload(Section):
         return slots_for(self.batch_size, self.oversubscribe)
 
 
+Alone = Literal["small", "big"]
+Trained = Literal["learned", "grpo", "learned_off", "rejection"]
+Untrained = Literal["random", "entropy", "margin", "confidence", "speculative"]
+PolicyName = Literal[Alone, Trained, Untrained]
+
+
 class Evaluate(Section):
     """Accuracy against offload share."""
 
@@ -440,10 +446,8 @@ class Evaluate(Section):
     n_refused: int = Field(
         300, ge=0, description="problems in which each request of the policy learned is refused once; 0: none"
     )
-    policies: list[
-        Literal["small", "big", "learned", "grpo", "learned_off", "random", "rejection", "entropy", "speculative"]
-    ] = Field(
-        ["small", "big", "learned", "grpo", "learned_off", "random", "rejection", "entropy", "speculative"],
+    policies: list[PolicyName] = Field(
+        list(get_args(PolicyName)),
         min_length=1,
         description="each model alone; tuned; reinforced; tuned but never answered; baselines; in any order",
     )
@@ -451,25 +455,29 @@ class Evaluate(Section):
         [0.05, 0.1, 0.2, 0.4, 0.7],
         description="random: probabilities with which the big model writes; a row for each, and one more at learned's share",
     )
-    random_chunk: int = Field(
-        4, ge=1, description="random, entropy: tokens the big model writes in a row (random: either)"
-    )
+    random_chunk: int = Field(4, ge=1, description="random: tokens that one model writes in a row")
     rejections: list[float] = Field(
         [0.25, 0.5, 0.75], description="rejection: probabilities with which a request is refused; a row for each"
     )
-    entropies: list[float] = Field(
-        [0.5, 1.0], description="entropy: nats above which the big model is asked; a row for each"
+    chunks: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 2, 4],
+        min_length=1,
+        description="entropy, margin, confidence: tokens the big model writes in a row; the best of these is taken",
+    )
+    n_tuned: int = Field(
+        200,
+        ge=2,
+        description="entropy, margin, confidence: problems to train on, by which their thresholds and chunks are chosen",
     )
     draft_tokens: int = Field(4, ge=1, description="speculative: tokens the small model drafts")
 
     @model_validator(mode="after")
     def _rows(self) -> Evaluate:
-        for name, most in (("random_shares", 1), ("rejections", 1), ("entropies", math.inf)):
+        for name in ("random_shares", "rejections"):
             named: dict[str, float] = {}
             for value in getattr(self, name):
-                if not 0 < value < most:
-                    bounds = "above 0" if most > 1 else "between 0 and 1"
-                    raise ValueError(f"{name} holds {value}, which is not {bounds}")
+                if not 0 < value < 1:
+                    raise ValueError(f"{name} holds {value}, which is not between 0 and 1")
                 if (row := f"{value:.2f}") in named:
                     raise ValueError(f"{name} holds {named[row]} and {value}, whose rows would both be called {row}")
                 named[row] = value

@@ -44,7 +44,7 @@ MOST: dict[str, Any] = {
     "grpo.vllm_kv_cache_gb": CACHE_GB, "pair.small.kv_cache_gb": CACHE_GB, "pair.big.kv_cache_gb": CACHE_GB,
     "pair.tuned.kv_cache_gb": CACHE_GB,
     "offload.batch_size": 8, "offload.n_demo": 4,
-    "evaluate.n_problems": 8, "evaluate.samples_per_problem": 2, "evaluate.n_refused": 4,
+    "evaluate.n_problems": 8, "evaluate.samples_per_problem": 2, "evaluate.n_refused": 4, "evaluate.n_tuned": 4,
     "latency.n_check": 2, "bench.repeats": 1, "bench.traces_per_slot": 1, "bench.min_traces": 4,
 }  # fmt: skip
 # The lengths that shrink with the longest trace, and the least each is worth.
@@ -53,7 +53,7 @@ LENGTHS = {
     "annotate.max_span_tokens": 4, "sft.max_length": 32, "evaluate.random_chunk": 1, "bench.max_tokens": 16,
     "latency.decode": 64, "latency.span": 4,
 }  # fmt: skip
-FIRST = ("evaluate.random_shares", "evaluate.rejections", "evaluate.entropies")  # lists of which one value will do
+FIRST = ("evaluate.random_shares", "evaluate.rejections", "evaluate.chunks")  # lists of which one value will do
 
 
 def run(p: Params, file: str | Path) -> int:

@@ -67,8 +67,11 @@ STAGES = {
         Stage(
             "05_evaluate",
             ("offload", "evaluate", *TUNED, "pair.big", "data.test"),
-            ("pair", "adapter", "reinforced", "test"),
-            TEST,
+            ("pair", "adapter", "reinforced", "test", "traces"),
+            {
+                "data.traces": lambda p: p.to_tune,
+                "arith": lambda p: TEST["arith"](p) or (p.to_tune and TRACES["arith"](p)),
+            },
         ),
         Stage("06_reward_ablation", (), ("sweep",)),
         Stage(
@@ -120,13 +123,11 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
 
 
 def needed(p: Params, stage: str) -> list[str]:
-    """The artefacts that a stage reads; stage 05 does not need a model that no policy writes with."""
+    """The artefacts that a stage reads; stage 05 needs no model that no policy writes with, and no traces to tune nothing."""
     policies = {*p.evaluate.policies}
-    return [
-        name
-        for name in STAGES[stage].reads
-        if stage != "05_evaluate" or name not in WRITTEN_WITH or policies & WRITTEN_WITH[name]
-    ]
+    idle = {name for name, with_it in WRITTEN_WITH.items() if not policies & with_it}
+    idle |= set() if p.to_tune else {"traces"}
+    return [name for name in STAGES[stage].reads if stage != "05_evaluate" or name not in idle]
 
 
 def require_artefact(p: Params, name: str, reader: str) -> None:

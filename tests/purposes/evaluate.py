@@ -1,5 +1,7 @@
 """The section `evaluate`: what notebook 05 has written, and how often."""
 
+import inspect
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -8,16 +10,18 @@ import pytest
 
 from srlib import Offloader, engine
 from srlib.data import problems
-from srlib.decoding.policies import Learned
+from srlib.decoding.policies import Learned, Unsure
 from srlib.engine.transformers import TransformersEngine
-from srlib.evaluation import completions, counterfactual
+from srlib.evaluation import completions, counterfactual, tuning
+from srlib.evaluation.stats import Estimate
+from srlib.evaluation.tuning import Tuned
 from tests.cells import run_cells
 from tests.purposes import Case, shows
 
 LEARNED_SHARE = 0.25
 
 
-def measured(case: Case, test: str = "arith", **settings: Any) -> list[dict[str, Any]]:
+def measured(case: Case, test: str = "arith", cells: Sequence[str] = (), **settings: Any) -> list[dict[str, Any]]:
     """What notebook 05 measures: for each row its policy, and how it is written."""
     found: list[dict[str, Any]] = []
 
@@ -35,7 +39,9 @@ def measured(case: Case, test: str = "arith", **settings: Any) -> list[dict[str,
             patch.setattr(problems, "load", lambda source, n, seed: [None] * (n or 500))
         scope = {"p": case.params(changes), "folder": case.folder, "fingerprint": lambda *_: ""}
         run_cells(
-            "05_evaluate", scope, "protocol(p)", "def measure(", "measure(p.tuned", 'measure(p.small,\n        ("random'
+            "05_evaluate",
+            scope,
+            *("protocol(p)", "def measure(", "measure(p.tuned", 'measure(p.small,\n        ("random', *cells),
         )
     return found
 
@@ -85,9 +91,8 @@ def points_of_the_random_curve(case: Case) -> None:
 @shows("evaluate.random_chunk")
 def tokens_in_a_row(case: Case) -> None:
     found = policies(case, random_chunk=3)
-    for name in ("random_0.20", "entropy_1.00"):
-        spans = [span for span in stretches(case, found[name]) if span.closed_by == "chunk"]
-        assert spans and {span.tokens % 3 for span in spans} == {0}
+    spans = [span for span in stretches(case, found["random_0.20"]) if span.closed_by == "chunk"]
+    assert spans and {span.tokens % 3 for span in spans} == {0}
 
 
 @shows("evaluate.rejections")
@@ -98,12 +103,30 @@ def points_of_the_rejection_curve(case: Case) -> None:
     assert few < many
 
 
-@shows("evaluate.entropies")
-def points_of_the_entropy_curve(case: Case) -> None:
-    found = policies(case, entropies=[0.25, 3.0])
-    assert {name for name in found if "entropy" in name} == {"entropy_0.25", "entropy_3.00"}
-    often, seldom = (sum(s.tokens for s in stretches(case, found[f"entropy_{nats}"])) for nats in ("0.25", "3.00"))
-    assert often > seldom
+def tuned(case: Case, **settings: Any) -> dict[str, Any]:
+    """What notebook 05 hands to `tuning.tune`, by name."""
+    given: dict[str, Any] = {}
+    taken = inspect.signature(tuning.tune)
+
+    def tune(*args: Any) -> list[Any]:
+        given.update(taken.bind(*args).arguments)
+        return [Tuned(Unsure(x, 1.0, 2, x), 0.2, Estimate(0.5, 0.4, 0.6, 8, 1)) for x in given["measures"]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "tune", tune)
+        patch.setattr(problems, "traces", lambda p, n: [None] * n)
+        measured(case, cells=["tuning.tune("], **settings)
+    return given
+
+
+@shows("evaluate.chunks")
+def tokens_where_the_small_model_is_unsure(case: Case) -> None:
+    assert tuned(case, chunks=[3, 5])["chunks"] == [3, 5]
+
+
+@shows("evaluate.n_tuned")
+def problems_that_thresholds_are_set_by(case: Case) -> None:
+    assert len(tuned(case, n_tuned=11)["problems"]) == 11
 
 
 @shows("evaluate.draft_tokens")

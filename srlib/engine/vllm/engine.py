@@ -13,13 +13,13 @@ How it differs from the transformers engine:
 - Log-probabilities are those after `top_k` and `top_p` have cut (`watched` is -inf for what was cut
   away), so exact without them. A server gives those at temperature 1, exact at temperature 0 and
   1, unless it was started with `--logprobs-mode processed_logprobs`. `score` is at temperature 1.
-- `max_entropy` sees the 20 likeliest tokens and takes all others for one: a little too low, and more so
-  the lower the temperature, from which it is reckoned back. Once it has been used, `watched` is nan for
+- `doubt` sees the 20 likeliest tokens and takes all others for one: an entropy is a little too low, and
+  more so the lower the temperature, from which it is reckoned back. Once it has been used, `watched` is nan for
   an id that is not one of the 20 likeliest.
 - Counts. A server tells what it had in its cache if it was started with
   `--enable-prompt-tokens-details`, and only for requests that vLLM itself ends; else all that was
   processed before is taken to be there. What vLLM computes until it hears of a stop it does not
-  know (of several ids, a text, `max_entropy`, a cancel) is not counted.
+  know (of several ids, a text, `doubt`, a cancel) is not counted.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from typing import Any
 from srlib import SrlibError
 from srlib.engine.adapters import beside, merge
 from srlib.engine.files import check
-from srlib.engine.protocol import Request, Running, Sampling, Sequence
+from srlib.engine.protocol import Measure, Request, Running, Sampling, Sequence
 from srlib.engine.vllm.arguments import arguments
 from srlib.engine.vllm.local import Local
-from srlib.engine.vllm.pieces import entropy, gather
+from srlib.engine.vllm.pieces import gather, uncertainty
 from srlib.engine.vllm.server import Server
 from srlib.params import ModelSpec
 
@@ -65,7 +65,7 @@ class VllmEngine(Running):
     def __init__(self, spec: ModelSpec, slots: int) -> None:
         super().__init__(spec, slots)
         self.tokenizer, self.eos = _texts(spec)
-        self._entropic = False  # whether `max_entropy` has been used
+        self._doubted = False  # whether `doubt` has been used
         self._answers: SimpleQueue[Request] = SimpleQueue()  # not collected yet
         self.ready, self._bell = socketpair()
         self.ready.setblocking(False)
@@ -115,9 +115,9 @@ class VllmEngine(Running):
         rows = self._scan(sequences, 0)
         return [[row[i] for i, row in zip(ids[1:], each)] for ids, each in zip(sequences, rows)]
 
-    def entropies(self, sequences: list[list[int]]) -> list[list[float]]:
-        """As `score`, but the entropy in nats of each id's distribution at temperature 1; see `max_entropy`."""
-        return [[entropy(row.values()) for row in each] for each in self._scan(sequences, TOP)]
+    def doubts(self, sequences: list[list[int]], measure: Measure = "entropy") -> list[list[float]]:
+        """As `score`, but how unsure the model is of each id; see `doubt` above."""
+        return [[uncertainty(measure, row.values()) for row in each] for each in self._scan(sequences, TOP)]
 
     def _scan(self, sequences: list[list[int]], top: int) -> list[list[dict[int, float]]]:
         """For every id of each sequence but its first: its log-probability, and those of the `top` likeliest."""
@@ -199,18 +199,17 @@ class VllmEngine(Running):
             )
 
     async def _decode(self, request: Request, ids: list[int]) -> None:
-        sequence, limit = request.sequence, request.max_entropy
+        sequence, doubt = request.sequence, request.doubt
         # At which log-probabilities are given; see above on servers.
         temperature = 1.0 if self.spec.url else sequence.sampling.temperature or 1.0
-        entropic = limit is not None
-        self._entropic |= entropic
+        self._doubted |= doubt is not None
         known = {stop for stop in request.stops if len(stop) == 1}  # vLLM ends at these by itself
-        look = entropic or request.stop_texts or len(known) < len(request.stops)
+        look = doubt or request.stop_texts or len(known) < len(request.stops)
         pieces = self._model.complete(
             ids,
             max_tokens=min(request.max_new, self._model.length - len(ids)),
             stop_token_ids=[i for (i,) in known],
-            logprobs=TOP if entropic else 0,
+            logprobs=TOP if doubt else 0,
             stream_interval=1 if look or request.live else INTERVAL,
             **_drawn(sequence.sampling, len(ids)),
         )
@@ -220,7 +219,7 @@ class VllmEngine(Running):
                 async for piece in pieces:
                     cached, answered = piece.cached if cached is None else cached, True
                     for token, logprobs in zip(piece.ids, piece.logprobs):
-                        if limit is not None and entropy(logprobs.values(), temperature) > limit:
+                        if doubt and uncertainty(doubt.measure, logprobs.values(), temperature) > doubt.above:
                             request.unsure = True
                             break
                         sequence.ids.append(token)
@@ -250,7 +249,7 @@ class VllmEngine(Running):
         asked: dict[str, Any] = {"logprobs": 0}
         if request.watch is not None:
             # In one batch vLLM gives either named ids or the likeliest to all requests.
-            asked = {"logprobs": TOP} if self._entropic else {"logprobs": 0, "logprob_token_ids": [request.watch]}
+            asked = {"logprobs": TOP} if self._doubted else {"logprobs": 0, "logprob_token_ids": [request.watch]}
         pieces = self._model.complete(ids, max_tokens=1, **asked, **_drawn(request.sequence.sampling, len(ids)))
         answers = [piece async for piece in pieces]
         token, logprobs = next((p.ids[0], p.logprobs[0]) for p in answers if p.ids)

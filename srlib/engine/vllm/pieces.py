@@ -7,6 +7,8 @@ import math
 from collections.abc import Coroutine, Iterable
 from typing import NamedTuple
 
+from srlib.engine.protocol import Measure
+
 ROUNDING = 1e-6  # of a sum of probabilities
 
 
@@ -28,8 +30,8 @@ async def gather(works: Iterable[Coroutine]) -> list:
     return [task.result() for task in tasks]
 
 
-def entropy(logprobs: Iterable[float], temperature: float = 1.0) -> float:
-    """In nats, of a distribution at temperature 1 whose likeliest tokens are given; all others count as one.
+def uncertainty(measure: Measure, logprobs: Iterable[float], temperature: float = 1.0) -> float:
+    """What `Doubt` measures, of a distribution at temperature 1 whose likeliest tokens are given; all others count as one.
 
     Args:
         temperature: at which they are given.
@@ -40,4 +42,7 @@ def entropy(logprobs: Iterable[float], temperature: float = 1.0) -> float:
         shares.append(rest)
     weights = [p**temperature for p in shares]
     total = sum(weights)
-    return -sum(w / total * math.log(w / total) for w in weights if w > 0)
+    if measure == "entropy":
+        return -sum(w / total * math.log(w / total) for w in weights if w > 0)
+    first, second, *_ = [*sorted((w / total for w in weights), reverse=True), 0.0]
+    return 1 - (first - second if measure == "margin" else first)
