@@ -76,6 +76,8 @@ def estimate(sweeps: list[str]) -> str:
 
 def stale(run: Path, sweeps: list[str]) -> str | None:
     """The first stage behind what is kept whose notebook or code is not that of this run."""
+    if not (run / "manifest.json").is_file():
+        return f"There is no run in {run} to compare with; make reproduce makes one"
     now, known = code(run), noted()
     for name in ("run", *(name for name in sweeps if readme.there(f"{name}.json"))):
         if name not in known:

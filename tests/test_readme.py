@@ -384,9 +384,16 @@ def test_make_reference_makes_all_that_the_readme_shows(ci, outputs, capsys):
     assert f"it took {hours:.1f} hours the last time" in ci.estimate(names) and "measured:" not in ci.estimate(names)
 
 
+def test_what_made_the_run_is_noted(ci):
+    seconds = sum(stage["seconds"] for _, stage in ci.stages(ci.readme.REFERENCE))
+    assert ci.noted()["run"] == {"seconds": pytest.approx(seconds), "code": ci.code(ci.readme.REFERENCE)}
+
+
 def test_reference_files_of_other_code_are_found(ci, outputs):
     run = ci.OUTPUTS / "cpu"
+    assert "There is no run" in ci.stale(run, [])
     ci.srlib("run", "params/cpu.yaml", "--set", "run=cpu")
+    ci.MADE.unlink()
     assert "made.json does not say which code made the run" in ci.stale(run, ["latency"])
     shutil.rmtree(ci.readme.REFERENCE)
     ci.main("cpu", 1)
