@@ -92,16 +92,18 @@ def stale(run: Path, sweeps: list[str]) -> str | None:
 
 def main(run: str, jobs: int) -> None:
     sweeps, of_the_run = readme.named(), ["--set", f"run={run}"]
+    base = f"{run}-one"  # several runs at a time have a core each, and in each both models share it
     print(estimate(sweeps), flush=True)
+    of_the_sweeps = ["--set", f"run={base}", "--set", "pair.big.process=false"]
     srlib("run", PARAMS, *of_the_run)
     start = time.monotonic()
     srlib("bench", PARAMS, *of_the_run)
     note("bench", time.monotonic() - start, {})
     keep({"run": OUTPUTS / run}, {OUTPUTS / run / file: Path(file).name for file in OF_THE_RUN})
     for name in sweeps:
-        srlib("sweep", f"params/ablations/{name}.yaml", "--jobs", str(jobs), *of_the_run)
-        folder = OUTPUTS / f"{run}-{name}"
-        seeds = {of.name.removeprefix(f"{run}-"): of for of in OUTPUTS.glob(f"{run}-seed[0-9]*")}
+        srlib("sweep", f"params/ablations/{name}.yaml", "--jobs", str(jobs), *of_the_sweeps)
+        folder = OUTPUTS / f"{base}-{name}"
+        seeds = {of.name.removeprefix(f"{base}-"): of for of in OUTPUTS.glob(f"{base}-seed[0-9]*")}
         keep({name: folder, **seeds}, {folder / file: name + to for file, to in OF_A_SWEEP.items()})
     readme.main(check=False)
 

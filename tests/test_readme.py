@@ -185,8 +185,9 @@ BROKEN = {
     "Refusing its requests": {"rejection_0.50": {"accuracy": 0.7, "ci95": [0.68, 0.72]}},
     "Reinforcement loses no accuracy": {"grpo": {"accuracy": 0.85, "ci95": [0.834, 0.865]}},
     "Reinforced, it is above": {"grpo": {"accuracy": 0.39, "ci95": [0.37, 0.41]}},
-    "Asking wherever": {"entropy_1.00": {"accuracy": 0.4, "ci95": [0.38, 0.42]}},
-    "In this world it comes as far": {"entropy_0.50": {"offload_share": 0.06}},
+    "Asking where the": {"margin": {"offload_share": 0.12}},
+    "The best of these": {name: {"accuracy": 0.38, "ci95": [0.36, 0.4]} for name in ("entropy", "margin", "confidence")},
+    "**In this world": {name: {"accuracy": 0.8, "ci95": [0.78, 0.82]} for name in ("entropy", "margin", "confidence")},
     "No model processes": {"learned": {"big_forward_tokens": 70_000}},
 }
 
@@ -204,7 +205,7 @@ def test_every_claim_can_fail(readme):
         readme.main(check=False)
         made = (readme.ROOT / "README.md").read_text()
         assert f"{claim.words}: **does not hold here** · {claim.found}" in made
-        assert re.search(r"All but \d of the 15 claims", made)
+        assert re.search(r"All but \d of the 16 claims", made)
         checked = [sys.executable, ROOT / ".ci" / "check_results.py", path]
         if words == "With nobody answering":
             assert subprocess.run(checked, capture_output=True).returncode == 1
@@ -337,7 +338,7 @@ def outputs(ci, monkeypatch):
 
     def srlib(*arguments):
         called.append(arguments)
-        run = ci.OUTPUTS / arguments[-1].removeprefix("run=")
+        run = ci.OUTPUTS / next(each for each in arguments if each.startswith("run=")).removeprefix("run=")
         if arguments[0] == "run":
             manifest(run, "02_sft", "05_evaluate")
             kept = json.loads((ROOT / "outputs/reference/manifest.json").read_text())

@@ -32,7 +32,7 @@ from srlib.params.written import typed
 from srlib.run import locks, pipeline, stages
 
 NOTEBOOK = "06_reward_ablation"
-OF_THE_BASE = ("run", "outputs")  # where runs lie; changes no stage
+OF_THE_BASE = ("run", "outputs", "pair.big.process")  # where runs lie, and on how many cores; changes no token
 OF_A_RUN = ("run", "outputs", "seed", "base")  # what a sweep sets for each of its runs
 MEASURED = ["big", "learned", "grpo"]  # what stage 05 measures in a combination; the rest does not change
 
@@ -130,7 +130,7 @@ def combinations(chosen: Plan) -> tuple[Params, dict[int, Params], list[tuple[Co
             values = dict(zip(chosen.vary, point))
             label = visible(", ".join(f"{name}={_plain(value)}" for name, value in zip(names, point))) or "fixed"
             folder = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{label}-seed{seed}".replace("=", "-"))
-            given = {"evaluate.policies": MEASURED, **chosen.fix, **values}
+            given = {"evaluate.policies": MEASURED, "evaluate.n_refused": 0, **chosen.fix, **values}
             place = {"seed": seed, "run": folder, "outputs": str(top.run_dir), "base": base}
             p = params.load(chosen.params, **{**given, **place})
             runs.append((Combination(label, typed(values), seed, str(p.run_dir)), p))
