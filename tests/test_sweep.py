@@ -16,6 +16,7 @@ from srlib.evaluation import stats
 from srlib.params import ROOT, load
 from srlib.run import locks, sweep
 from srlib.run.stages import STAGES
+from srlib.show import figures
 from tests.cells import run_cells
 
 
@@ -110,6 +111,8 @@ def test_seeds_are_clusters(tmp_path):
     low, high = row["ci95"]
     t = scipy.stats.ttest_1samp(reached, 0).confidence_interval()
     assert high - low == pytest.approx(t.high - t.low, rel=0.1)
+    (axes,) = figures.front(rows).axes
+    assert axes.get_title().startswith("n = 600 problems of 3 seeds (intervals are over these)")
     difference = stats.compare(records["beta=0", "grpo"], records["beta=0", "learned"])
     assert difference.by_seed.keys() == {0, 1, 2} and difference.n_problems == 600
     assert difference.p_value == pytest.approx(scipy.stats.ttest_1samp([*difference.by_seed.values()], 0).pvalue)
