@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from srlib import SrlibError
@@ -13,8 +15,9 @@ from srlib.data.journal import Journal
 from srlib.data.rows import Problem, read_jsonl
 from srlib.decoding.policies import Learned, Never, Policy, Random
 from srlib.engine.transformers import TransformersEngine
-from srlib.evaluation import completions, counterfactual
+from srlib.evaluation import completions, counterfactual, stats
 from srlib.params import Arith, Offload
+from tests.cells import run_cells
 from tests.test_offload import Scripted
 from tests.test_policies import Speaks
 
@@ -42,7 +45,7 @@ def test_a_row_of_results(engines, problems, monkeypatch):
     assert (row["n_problems"], row["samples_per_problem"], row["max_tokens"]) == (10, 3, 20)
     assert row["accuracy"] == pytest.approx((2 * (0 + 1 + 2 + 3) + 0 + 1) / 30)  # ten problems: 0, 1, 2, 3, 0, 1, …
     assert row["ci95"][0] < row["accuracy"] < row["ci95"][1]
-    assert len({r["text"] for r in kept if r["id"] == problems[0].id}) > 1  # three samples, three seeds
+    assert len({r["text"] for r in kept if r["id"] == problems[0].key}) > 1  # three samples, three seeds
     assert row["offload_share"] == sum(r["big_tokens"] for r in kept) / sum(
         r["big_tokens"] + r["small_tokens"] for r in kept
     )
@@ -129,9 +132,25 @@ def test_a_damaged_file_of_completions(pair, tokenizer, problems, tmp_path):
         completions.run(small, None, Never("small"), problems, Offload(), dataset="arith", file=tmp_path / "x.jsonl")
 
 
+def test_records_say_which_problem_they_are_of(engines, problems):
+    """Two seeds number other problems alike, and what was written of them is not paired."""
+    config = Offload(max_tokens=20)
+    others = list(islice(arith.generate(Arith(), "test", 1), 10))
+    assert [x.id for x in problems] == [x.id for x in others]
+    first, second = (
+        completions.run(*engines, Never("small"), some, config, dataset="arith")[1] for some in (problems, others)
+    )
+    assert [r["id"] for r in first] == [x.key for x in problems]
+    assert completions.compare(first, first).value == 0
+    with pytest.raises(SrlibError, match="different problems .0 in common, of 10 and 10"):
+        completions.compare(first, second)
+    changed = problems[0].model_copy(update={"answer": "7"})
+    assert changed.key != problems[0].key == problems[0].model_copy(update={"meta": {}, "trace": None}).key
+
+
 def test_by_difficulty(problems):
     records = [
-        {"id": p.id, "correct": "*" not in p.prompt, "big_tokens": 1, "small_tokens": 3, "handovers": []}
+        {"id": p.key, "correct": "*" not in p.prompt, "big_tokens": 1, "small_tokens": 3, "handovers": []}
         for p in problems
     ]
     table = completions.by_difficulty(records, problems).set_index("difficulty")
@@ -158,6 +177,40 @@ def test_every_request_is_refused_once(engines, problems, temperature):
     table = counterfactual.table(rows)
     assert table["n"].item() == len(rows)
     assert counterfactual.table(rows, "request")["n"].sum() == len(rows)
+
+
+@pytest.mark.parametrize("names", [["small", "random_0.10", "learned", "grpo", "big"], ["big"]])
+def test_the_notebook_compares_policies_in_tables(monkeypatch, names):
+    """Corrected for their number, and with what a difference from random at that share needs, not from the small model."""
+    rng, shown = np.random.default_rng(0), []
+    reached = {"small": (0.2, 0), "random_0.10": (0.25, 10), "learned": (0.7, 5), "grpo": (0.75, 6), "big": (0.9, 100)}
+    records = {
+        name: [
+            {
+                "id": f"{i:03d}",
+                "correct": bool(x),
+                "big_tokens": reached[name][1],
+                "small_tokens": 100 - reached[name][1],
+            }
+            for i, x in enumerate(rng.random(300) < reached[name][0])
+        ]
+        for name in names
+    }
+    scope = {"records": records, "rows": [{"policy": name} for name in names], "stats": stats, "pd": pd}
+    scope |= {"table": lambda frame, index: shown.append(frame), "how": SimpleNamespace(samples=1)}
+    run_cells("05_evaluate", scope, "pairs += [", "at.spread")
+    paired, at_share = shown
+    if names == ["big"]:
+        assert paired.empty and at_share.empty
+        return
+    paired = paired.set_index("comparison")
+    assert paired.index.tolist() == ["learned − big", "learned − small", "grpo − learned", "grpo − big"]
+    assert float(paired["p (Holm)"]["grpo − learned"]) >= float(paired["p"]["grpo − learned"])
+    assert at_share["comparison"].tolist() == ["learned − random at 5.0%", "grpo − random at 6.0%"]
+    curve = [records[name] for name in ("small", "random_0.10", "big")]
+    for name, needed in zip(("learned", "grpo"), at_share["problems for 2 points"]):
+        assert needed == stats.problems_needed(2, *stats.matched(records[name], curve).spread)
+        assert needed != stats.problems_needed(2, *stats.spread(records[name], records["small"]))
 
 
 class Says(Speaks):
@@ -187,7 +240,7 @@ def test_needed_useless_and_harmful_requests(tokenizer):
         ("2", True), ("4", True), ("6", True), ("1", False), ("8", False)
     ]  # fmt: skip
     rows = counterfactual.run(small, big, Learned(), problems, records, config)
-    assert [(row["id"], row["big"], row["small"], row["verdict"]) for row in rows] == [
+    assert [(row["id"].partition("#")[0], row["big"], row["small"], row["verdict"]) for row in rows] == [
         ("1+1?", "2", "3", "needed"),
         ("2+2?", "4", "5", "needed"),
         ("3+3?", "6", "6", "useless"),

@@ -235,7 +235,7 @@ def test_completions_of_two_codes_are_not_mixed(clone, tmp_path, engines):
         before = file.read_text().splitlines() if file.exists() else []
         key = fingerprint(p, "05_evaluate")
         _, records = completions.run(*engines, Learned(), problems, config, dataset="x", seed=0, file=file, key=key)
-        assert [record["id"] for record in records] == [problem.id for problem in problems]
+        assert [record["id"] for record in records] == [problem.key for problem in problems]
         old = {json.loads(line)["key"] for line in before}
         return sum(record["key"] not in old for record in records)
 

@@ -3,13 +3,21 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
+import scipy.stats
 
-from srlib import SrlibError
+from srlib import SrlibError, visible
+from srlib.data.rows import write_json, write_jsonl
+from srlib.evaluation import stats
 from srlib.params import ROOT, load
 from srlib.run import locks, sweep
 from srlib.run.stages import STAGES
+from srlib.show import figures
+from tests.cells import run_cells
 
 
 def test_a_params_file_and_values():
@@ -63,6 +71,78 @@ def test_no_sweep(tmp_path):
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(SrlibError, match="damaged"):
         sweep.read(tmp_path)
+
+
+REACHED = {"big": 0.9, "learned": 0.6, "grpo": 0.7}
+
+
+def of_sweep(folder, seeds, labels=("beta=0", "beta=1"), missing=()):
+    """A sweep that has run: graded completions of each seed's own problems, of models that came out unlike."""
+    runs = []
+    for label in labels:
+        for seed in seeds:
+            place, rng = folder / f"{label}-{seed}", np.random.default_rng(seed)
+            (place / "05_evaluate" / "completions").mkdir(parents=True)
+            luck, rows = rng.random(200), []
+            for policy, mean in REACHED.items():
+                right = luck < mean + 0.03 * (seed - 1) + 0.02 * (policy == "grpo" and label == labels[-1])
+                records = [
+                    {"id": f"test-{i}#{seed:08x}", "correct": bool(x), "big_tokens": seed + 1, "small_tokens": 9 - seed}
+                    for i, x in enumerate(right)
+                ]
+                write_jsonl(place / "05_evaluate" / "completions" / f"{policy}.jsonl", records)
+                row = {"policy": policy, "accuracy": right.mean(), "offload_share": (seed + 1) / 10, "max_tokens": 96}
+                rows.append(row)
+            write_json(place / "05_evaluate" / "results.json", rows)
+            state = "failed" if (label, seed) in missing else "complete"
+            runs.append(sweep.Combination(label, {"beta": labels.index(label)}, seed, str(place), state))
+    plan = sweep.Plan(params="x.yaml", name="x", vary={"beta": [0, 1]}, seeds=list(seeds))
+    sweep._write(folder, plan, runs)
+    return folder
+
+
+def test_seeds_are_clusters(tmp_path):
+    """The interval is of the method: as wide as its trainings lie apart, though their problems are many."""
+    rows, records = sweep.collect(of_sweep(tmp_path / "three", range(3)))
+    row = next(row for row in rows if (row["label"], row["policy"]) == ("beta=0", "grpo"))
+    assert (row["n_seeds"], row["n_problems"], row["samples_per_problem"]) == (3, 600, 1)
+    reached = [accuracy for accuracy, _ in row["by_seed"]]
+    assert row["accuracy"] == pytest.approx(np.mean(reached)) and row["offload_share"] == pytest.approx(0.2)
+    low, high = row["ci95"]
+    t = scipy.stats.ttest_1samp(reached, 0).confidence_interval()
+    assert high - low == pytest.approx(t.high - t.low, rel=0.1)
+    (axes,) = figures.front(rows).axes
+    assert axes.get_title().startswith("n = 600 problems of 3 seeds (intervals are over these)")
+    difference = stats.compare(records["beta=0", "grpo"], records["beta=0", "learned"])
+    assert difference.by_seed.keys() == {0, 1, 2} and difference.n_problems == 600
+    assert difference.p_value == pytest.approx(scipy.stats.ttest_1samp([*difference.by_seed.values()], 0).pvalue)
+    assert not sweep.same_problems(
+        sweep.collect(of_sweep(tmp_path / "two", range(3), missing=[("beta=1", 2)]))[1],
+        ("beta=0", "grpo"),
+        ("beta=1", "grpo"),
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_notebook_shows_each_seed_and_says_what_it_is_about(tmp_path, capsys, seeds):
+    shown = []
+    scope = {
+        "p": SimpleNamespace(run_dir=of_sweep(tmp_path, range(seeds), missing=[("beta=1", 2)])),
+        "folder": tmp_path,
+    }
+    scope |= {"sweep": sweep, "pd": pd, "visible": visible, "table": lambda frame, index: shown.append(frame)}
+    scope |= {"last": "grpo", "ours": [{"label": "beta=0"}, {"label": "beta=1"}]}
+    run_cells("06_reward_ablation", scope, "sweep.collect(", "sweep.same_problems(")
+    printed = capsys.readouterr().out
+    assert ("about these trained models only" in printed) == (seeds == 1)
+    assert ("3 training seeds" in printed) == (seeds == 3)
+    paired = shown[1].set_index("comparison")
+    assert "beta=0 · grpo − beta=0 · learned" in paired.index and "p (Holm)" in paired
+    if seeds == 1:
+        assert "by seed" not in paired and "beta=1 · grpo − beta=0 · grpo" in paired.index
+    else:
+        assert paired["by seed"]["beta=0 · grpo − beta=0 · learned"].startswith("0: ")
+        assert "beta=1 · grpo − beta=0 · grpo: left out" in printed
 
 
 @pytest.mark.notebooks

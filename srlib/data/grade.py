@@ -55,6 +55,11 @@ def grade(completion: str, gold: str, prompt: str = "") -> Grade:
         answer = _unboxed(tail)
     if answer is None:
         return Grade(False, None, "no boxed answer")
+    return same(answer, gold)
+
+
+def same(answer: str, gold: str) -> Grade:
+    """Whether an answer equals another, both as they stand in their boxes; by `grade`'s rules."""
     if not reading.tidy(answer[:LONGEST]).strip("{} "):
         return Grade(False, answer, EMPTY)
     if answer.strip() == gold:

@@ -12,8 +12,10 @@ from typing import Any, TextIO, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from srlib import SrlibError
-from srlib.data import spans
+from srlib.data import digests, spans
 from srlib.data.spans import Span
+
+DIGEST = "#"  # before the digest in a key
 
 
 class Problem(BaseModel):
@@ -26,6 +28,11 @@ class Problem(BaseModel):
     answer: str
     trace: str | None = None
     meta: dict[str, Any] = {}
+
+    @property
+    def key(self) -> str:
+        """Its id and a digest of prompt and answer, `test-0#1a2b3c4d`: what has the same key is the same problem."""
+        return f"{self.id}{DIGEST}{digests.of([self.prompt, self.answer], 8)}"
 
     @property
     def worked(self) -> str:

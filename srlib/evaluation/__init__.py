@@ -1,7 +1,8 @@
 """What a policy reaches, and how sure that is.
 
 - `completions`: every problem written and graded, each completion kept
-- `stats`: accuracy, comparisons, intervals
+- `stats`: accuracy, differences, intervals; by problem and by training seed
+- `comparisons`: many of them in a table, corrected for their number
 - `counterfactual`: what would have been without a request
 - `report`: two runs beside each other
 """

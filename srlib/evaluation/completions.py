@@ -58,8 +58,8 @@ def run(
         key: what the completions depend on besides the policy (see `pipeline.fingerprint`).
 
     Returns:
-        the policy's row of `results.json`, and a record for each completion with its problem's id,
-        number, text, owners, counts, and grade; ordered by problem and number.
+        the policy's row of `results.json`, and a record for each completion with its problem's `key` as `id`,
+        its number, text, owners, counts, and grade; ordered by problem and number.
 
     Raises:
         SrlibError: a trace failed (those that ended are kept), or `file` is damaged or open in another process.
@@ -68,7 +68,7 @@ def run(
     digest = hashlib.sha256(f"{key} {policy} {seed}".encode()).hexdigest()[:16]
 
     def name(problem: Problem, number: int) -> str:
-        return f"{digest}:{problem.id}:{number}"
+        return f"{digest}:{problem.key}:{number}"
 
     all_ = [(problem, n) for problem in problems for n in range(samples)]
     with Journal(file, every=1.0) if file else nullcontext() as journal:
@@ -82,7 +82,7 @@ def run(
                 return
             problem, number = asked[place]
             now = time.perf_counter()
-            record: dict[str, Any] = {"id": problem.id, "sample": number, "key": name(problem, number)}
+            record: dict[str, Any] = {"id": problem.key, "sample": number, "key": name(problem, number)}
             record |= {"seconds": now - last, **_record(trace, writer.tokenizer)}
             last = now
             if journal:
@@ -94,7 +94,7 @@ def run(
         traces = writer.run(prompts, progress=progress, numbers=numbers, finished=keep)
     writer.raise_if_failed(traces)
     records = [done[name(problem, n)] for problem, n in all_]
-    _grade(records, {problem.id: problem for problem in problems}, config.hint, writer.tokenizer)
+    _grade(records, {problem.key: problem for problem in problems}, config.hint, writer.tokenizer)
     if file:
         write(file, records)  # in order, graded, and without those of other settings
     return summarise(policy.name, dataset, config.max_tokens, records), records
@@ -144,7 +144,7 @@ def difficulty(problem: Problem) -> str | None:
 
 def by_difficulty(records: Sequence[dict[str, Any]], problems: Sequence[Problem]) -> pd.DataFrame:
     """Accuracy with its interval, offload share and hand-overs a trace, by `difficulty`; empty if none is known."""
-    level = {problem.id: level for problem in problems if (level := difficulty(problem)) is not None}
+    level = {problem.key: level for problem in problems if (level := difficulty(problem)) is not None}
     groups: dict[str, list[dict]] = defaultdict(list)
     for record in records:
         if record["id"] in level:

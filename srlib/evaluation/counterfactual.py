@@ -57,7 +57,7 @@ def run(
         of the span, `before` (the text up to it), `big` and `small` (what each wrote there), `correct`,
         `correct_without`, `verdict`, and `same_start` (whether the trace was the same up to it).
     """
-    by_id = {problem.id: problem for problem in problems}
+    by_id = {problem.key: problem for problem in problems}
     asking: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         for request in range(len(record["handovers"])):
@@ -103,7 +103,7 @@ def _row(
     rest = trace.ids[start:]
     own = next((i for i in range(len(rest)) if _closes(rest, i, trace.tags)), len(rest))
     return {
-        "id": problem.id,
+        "id": record["id"],
         "sample": record["sample"],
         "request": request,
         "position": start / max(1, len(record["owners"])),

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from srlib import SrlibError, visible
-from srlib.data.rows import read_json, read_jsonl
-from srlib.evaluation import stats
+from srlib.data.rows import DIGEST, read_json, read_jsonl
+from srlib.evaluation import comparisons, stats
 from srlib.params import find, nearest
 
 SETTINGS = ("dataset", "samples_per_problem", "max_tokens")  # in which runs that are compared are alike
 AGAIN = "run stage 05 again: python -m srlib run … --only 05_evaluate"
+KEY = re.compile(rf"{DIGEST}[0-9a-f]{{8}}\Z")  # what the id of a completion ends with
 COUNTED = {"id": str, "correct": bool, "big_tokens": int, "small_tokens": int}  # of a completion
 
 
 def compare(a: str | Path, b: str | Path, policies: list[str] | None = None) -> str:
     """Every policy that both runs have, paired by problem, in a table and in a sentence each.
+
+    Where there are several, p-values are corrected for their number (`comparisons.holm`).
 
     Args:
         a, b: folders of two runs, which have done stage 05 on the same problems.
@@ -32,9 +36,7 @@ def compare(a: str | Path, b: str | Path, policies: list[str] | None = None) -> 
             f"{a} and {b} have no policy in common: {', '.join(rows[0])}; {', '.join(rows[1])}. "
             "Name two of them: --policy learned:grpo"
         )
-    numbers = f"{'n':>6} {'A':>7}  {'B':>7}  {'B − A':>7}  {'95 % interval':<19}{'p':>8}"
-    table = [f"{'policy':<22}{numbers}  share A  share B"]
-    words = []
+    measured: dict[str, tuple[stats.Difference, str, str, int]] = {}
     for name in names:
         first, _, second = name.partition(":")
         pair = first, second or first
@@ -48,27 +50,30 @@ def compare(a: str | Path, b: str | Path, policies: list[str] | None = None) -> 
             d = stats.compare(records[1], records[0])
         except SrlibError as error:
             raise SrlibError(f"{name}: {error} Were they run with the same data and seed?") from None
-        accuracies = [stats.accuracy(some).value for some in records]
-        shares = [stats.share(some) for some in records]
-        table.append(
-            f"{name:<22}{d.n_problems:>6} {accuracies[0]:>7.1%}  {accuracies[1]:>7.1%}  {d.value:>+7.1%}  "
-            f"{f'[{d.low:+.1%}, {d.high:+.1%}]':<19}{d.p_value:>8.2g}  {shares[0]:>7.1%}  {shares[1]:>7.1%}"
-        )
-        words.append(_sentence(name, d, records))
+        samples = max(1, len(records[0]) // d.n_problems)
+        needed = stats.problems_needed(2.0, *stats.spread(records[1], records[0]), samples)
+        accuracies = "  ".join(f"{stats.accuracy(some).value:>7.1%}" for some in records)
+        measured[name] = d, accuracies, "  ".join(f"{stats.share(some):>7.1%}" for some in records), needed
+        about = comparisons.about(records[0])
+    p = "p (Holm)" if len(names) > 1 else "p"
+    numbers = f"{'n':>6} {'A':>7}  {'B':>7}  {'B − A':>7}  {'95 % interval':<18}{p:>9}"
+    table, words = [f"{'policy':<22}{numbers}  share A  share B"], []
+    corrected = comparisons.holm([d.p_value for d, *_ in measured.values()])
+    for (name, (d, accuracies, shares, needed)), p_value in zip(measured.items(), corrected):
+        told, interval = comparisons.p_text(p_value), f"[{d.low:+.1%}, {d.high:+.1%}]"
+        table.append(f"{name:<22}{d.n_problems:>6} {accuracies}  {d.value:>+7.1%}  {interval:<18}{told:>9}  {shares}")
+        words.append(_sentence(name, d, p_value, needed))
     head = [f"A  {a}", f"B  {b}", *_unlike(rows, names), ""]
-    return "\n".join(map(visible, [*head, *table, "", *words]))
+    return "\n".join(map(visible, [*head, *table, "", *words, about]))
 
 
-def _sentence(name: str, d: stats.Difference, records: list[list[dict[str, Any]]]) -> str:
-    if d.p_value < 0.05:
+def _sentence(name: str, d: stats.Difference, p_value: float, needed: int) -> str:
+    told = comparisons.p_text(p_value)
+    told = f"p {told if told.startswith('<') else f'= {told}'}, {d.n_problems} problems"
+    if p_value < 1 - stats.LEVEL:
         how = "more accurate" if d.value > 0 else "less accurate"
-        return f"{name}: B is {how} by {abs(d.value):.1%} (p = {d.p_value:.2g}, {d.n_problems} problems)."
-    samples = max(1, len(records[0]) // d.n_problems)
-    needed = stats.problems_needed(2.0, *stats.spread(records[1], records[0]), samples)
-    return (
-        f"{name}: no difference can be told (p = {d.p_value:.2g}, {d.n_problems} problems); "
-        f"to find one of 2 points takes {needed} problems like these."
-    )
+        return f"{name}: B is {how} by {abs(d.value):.1%} ({told})."
+    return f"{name}: no difference can be told ({told}); to find one of 2 points takes {needed} problems like these."
 
 
 def _unlike(rows: list[dict[str, dict]], names: list[str]) -> list[str]:
@@ -101,6 +106,8 @@ def _completions(folder: str | Path, policy: str) -> list[dict[str, Any]]:
         raise SrlibError(f"{error} Run stage 05 again: python -m srlib run … --only 05_evaluate") from None
     if not all(isinstance(record.get(key), kind) for record in records for key, kind in COUNTED.items()):
         raise SrlibError(f"{path} is not complete; {AGAIN}")
+    if old := next((record["id"] for record in records if not KEY.search(record["id"])), None):
+        raise SrlibError(f"{path} does not say which problem {old!r} is (no digest in the id): {AGAIN}")
     return records
 
 

@@ -212,11 +212,11 @@ Records = dict[tuple[str, str], list[dict[str, Any]]]  # by label and policy
 
 
 def collect(folder: Path) -> tuple[list[dict[str, Any]], Records]:
-    """Rows and graded completions of the complete runs of a sweep, the seeds of a combination pooled.
+    """Rows and graded completions of the complete runs of a sweep, the seeds of a combination together.
 
     Returns:
         a row for each label and policy, with `by_seed` a list of (accuracy, offload share), and
-        the records behind it, whose problems are told apart by seed.
+        the records behind it with their `seed`, by which `ci95` is clustered (see `srlib.evaluation.stats`).
 
     Raises:
         SrlibError: no run is complete.
@@ -233,7 +233,7 @@ def collect(folder: Path) -> tuple[list[dict[str, Any]], Records]:
             key = c.label, row["policy"]
             pooled.setdefault(key, []).append({**row, "values": c.values})
             kept = read_jsonl(stage / "completions" / f"{row['policy']}.jsonl", dict)
-            records.setdefault(key, []).extend({**r, "id": f"{c.seed}/{r['id']}"} for r in kept)
+            records.setdefault(key, []).extend({**r, "seed": c.seed} for r in kept)
     rows = []
     for (label, policy), parts in pooled.items():
         estimate = stats.accuracy(records[label, policy])
@@ -245,6 +245,7 @@ def collect(folder: Path) -> tuple[list[dict[str, Any]], Records]:
                 "accuracy": estimate.value,
                 "ci95": [estimate.low, estimate.high],
                 "offload_share": big / max(1, big + small),
+                "n_seeds": estimate.n_seeds,
                 "by_seed": [(part["accuracy"], part["offload_share"]) for part in parts],
                 "n_problems": estimate.n_problems,
                 "samples_per_problem": estimate.samples_per_problem,
@@ -257,7 +258,7 @@ def collect(folder: Path) -> tuple[list[dict[str, Any]], Records]:
 
 def same_problems(records: Records, one: tuple[str, str], other: tuple[str, str]) -> bool:
     """Whether two entries can be paired: a failed seed leaves one of them with fewer problems."""
-    return {r["id"] for r in records[one]} == {r["id"] for r in records[other]}
+    return stats.same_problems(records[one], records[other])
 
 
 def logs(folder: Path) -> dict[str, list[dict[str, float]]]:

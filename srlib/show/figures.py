@@ -203,7 +203,9 @@ def front(rows: Sequence[dict]) -> Figure:
             best = row["accuracy"]
             edge.append((row["offload_share"], best))
     axes.plot(*zip(*edge), color="grey", linewidth=1, zorder=0, label="front")
-    _share_against_accuracy(axes, rows[0], f"n = {rows[0]['n_problems']} problems of {len(rows[0]['by_seed'])} seed(s)")
+    seeds = len(rows[0]["by_seed"])
+    over = f"{seeds} seeds (intervals are over these)" if seeds > 1 else "one seed"
+    _share_against_accuracy(axes, rows[0], f"n = {rows[0]['n_problems']} problems of {over}")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     return figure
 

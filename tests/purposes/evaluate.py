@@ -159,7 +159,7 @@ def problems_whose_requests_are_refused(case: Case) -> None:
         patch.setattr(counterfactual, "run", run)
         for n in (3, 0):
             scope = {"p": case.params({"evaluate.n_refused": n}), "folder": case.folder, "engine": engine}
-            scope |= {"test": [SimpleNamespace(id=str(i)) for i in range(9)], "slots": 1, "big": None, "how": Mock()}
+            scope |= {"test": [SimpleNamespace(key=str(i)) for i in range(9)], "slots": 1, "big": None, "how": Mock()}
             scope |= {"records": {"learned": [{"id": str(i)} for i in range(9)]}, "Learned": Learned}
             run_cells("05_evaluate", scope, "counterfactual.run(")
             assert asked == ["0", "1", "2"]
