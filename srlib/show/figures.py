@@ -335,7 +335,8 @@ def accuracy_by_time(rows: Sequence[dict], title: str = "") -> Figure:
     for big in bigs:
         axes.plot([], [], color=colours[big], label=label(big))
     for policy in policies:
-        axes.plot([], [], color="grey", linestyle="none", marker=markers[policy], label=label(policy))
+        style = {"color": "grey", "linestyle": "none", "markerfacecolor": "none"}
+        axes.plot([], [], marker=markers[policy], label=label(policy), **style)
     axes.set(xlabel="seconds a problem", ylabel="accuracy", xscale="log", ylim=(0, 1.03), title=label(title))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
