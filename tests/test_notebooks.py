@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -60,6 +61,20 @@ def test_everything_is_there(finished):
     for file in run.rglob("*.jsonl"):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         assert lines or file.name == "requests.jsonl"  # a policy that was hardly trained may not ask at all
+
+
+def test_every_sentence_about_a_result_has_its_verdict(finished):
+    """Each cell that holds sentences against the run printed whether they hold; no case failed without a word."""
+    for stage in OF_A_RUN:
+        notebook = nbformat.read(finished[0] / "smoke" / stage / f"{stage}.ipynb", 4)
+        for cell in (c for c in notebook.cells if c.cell_type == "code"):
+            told = "".join(o.get("text", "") for o in cell.outputs).splitlines()
+            verdicts = [line for line in told if re.match("(holds|does not hold|cannot be told) here: .", line)]
+            asked = re.findall(r"\b(?:claims|timing)\.(?:of_\w+|claim)\(", cell.source)
+            assert len(verdicts) >= len(asked) - cell.source.count("timing.of_seconds("), (stage, cell.source)
+            # models that were hardly trained show nothing, and it says so
+            if "claims.case(" in cell.source and stage == "04_offload":
+                assert [line for line in told if line.startswith("no case here: none of 12 shows")] == told[:1]
 
 
 def test_a_second_run_does_nothing(copy):

@@ -114,6 +114,47 @@ def test_every_figure_is_drawn_here():
     assert {f for f in made if inspect.signature(f).return_annotation == "Figure"} == set(drawn("x"))
 
 
+def test_no_line_is_drawn_where_nothing_was_measured():
+    """A random share of 0 is the small model; a baseline that was measured at one share is a point."""
+    at = {"small": 0.0, "big": 1.0, "random_0.50": 0.5, "entropy": 0.066, "margin": 0.067}
+    made = figures.accuracy_by_share([row(name, offload_share=share) for name, share in at.items()])
+    drawn_at = {c.get_label(): sorted(c.lines[0].get_xdata()) for c in made.axes[0].containers}
+    assert drawn_at == {"random": [0.0, 0.5], "entropy": [0.066], "margin": [0.067]}
+    plt.close("all")
+
+
+def test_points_that_coincide_are_all_seen():
+    """Each has its name, apart from the others' and tied to its point, and no marker covers another."""
+    names = ["learned", "grpo", "learned_off"]
+    rows = [row(name, offload_share=0.07, accuracy=0.94, ci95=[0.93, 0.95]) for name in names]
+    made = figures.accuracy_by_share([row("small", offload_share=0.0), row("big", offload_share=1.0), *rows])
+    axes = made.axes[0]
+    made.canvas.draw()
+    texts = [text for text in axes.texts if text.get_text() in names]
+    assert [text.get_text() for text in texts] == names
+    assert all(text.xy == (0.07, 0.94) and text.arrow_patch is not None for text in texts)
+    boxes = [Text.get_window_extent(text) for text in texts]  # without their lines
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert {c.lines[0].get_markerfacecolor() for c in axes.containers} == {"none"}
+    assert len({c.lines[0].get_marker() for c in axes.containers}) == 3
+    made = figures.accuracy_by_time([row(name, policy=name, big="8B") for name in names])
+    drawn_as = [c.lines[0] for c in made.axes[0].containers]
+    assert {line.get_markerfacecolor() for line in drawn_as} == {"none"}
+    assert len({line.get_marker() for line in drawn_as}) == 3
+    plt.close("all")
+
+
+def test_outlines_that_coincide_are_all_seen():
+    same = {"learned": [0.1, 0.5], "grpo": [0.1, 0.5]}
+    made = figures.span_positions(same, same, {name: [2, 3] for name in same})
+    for axes in made.axes:
+        first, second = axes.lines
+        assert (first.get_xydata() == second.get_xydata()).all() and not axes.collections
+        assert first.get_linewidth() > second.get_linewidth() and first.get_linestyle() != second.get_linestyle()
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == list(same)
+    plt.close("all")
+
+
 NAMES = dict(zip(HOSTILE[1:], SHOWN))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from srlib import SrlibError
 from srlib.cost import latency
 from srlib.cost.costs import GPUS, roofline
-from srlib.cost.jobs import Pipeline
+from srlib.cost.jobs import Pipeline, Simulation
 from srlib.cost.shapes import KNOWN
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations and what the allocator cannot use
@@ -40,6 +40,8 @@ class Group:
     per_s: float  # requests a second
     latency_s: float  # of a request, once it is taken up
     busy: dict[str, float]  # share of the time each model is at work, on average over its replicas
+    devices: int = 1  # as `group` takes them
+    replicas: int = 0
 
 
 def capacity(gpu: str, model: str, devices: int, tokens: int, beside: float = 0.0) -> int:
@@ -65,28 +67,12 @@ def group(gpu: str, small: str, big: str, load: Load, devices: int, replicas: in
     slots = min(slots, 256)  # what engines batch by default
     if slots < max(1, replicas):
         return None
-    costs = roofline(gpu, small), roofline(gpu, big, max(1, devices))
-    pair = Pipeline(*costs, switch_s=load.handover_s / 2)
-    each = slots // max(1, replicas)
-    share = load.share if replicas else 1.0
-    requests = 3 * each * max(1, replicas)  # three fillings, so that beginning and end weigh little
+    slots = slots // max(1, replicas) * max(1, replicas)
+    requests = 3 * slots  # three fillings, so that beginning and end weigh little
     # They do not come in step: over the time that one takes alone.
+    pair, share = _pair(gpu, small, big, load, devices), load.share if replicas else 1.0
     alone = latency.simulate(pair, share=share, prompt=load.prompt, decode=load.decode, span=load.span).seconds
-    done = latency.simulate(
-        pair,
-        share=share,
-        prompt=load.prompt,
-        decode=load.decode,
-        span=load.span,
-        chunk=128,
-        requests=requests,
-        rate=3 * each * max(1, replicas) / alone,
-        seed=seed,
-        shared=shared and bool(replicas),
-        replicas=max(1, replicas),
-        slots=each,
-        control_chunk=16,
-    )
+    done = _served(pair, load, devices, replicas, slots, requests, requests / alone, seed)
     name = f"{big} on {max(1, devices)}" + (f" + {replicas} × {small}" if replicas else " alone")
     gpus = max(1, devices) + (0 if shared else replicas)
     models = {"small": max(1, replicas), "big": 1}
@@ -94,10 +80,49 @@ def group(gpu: str, small: str, big: str, load: Load, devices: int, replicas: in
     return Group(
         f"{big} and {small} on one" if shared else name,
         gpus,
-        each * max(1, replicas),
+        slots,
         requests / done.seconds,
         sum(done.served) / requests,
         busy,
+        devices,
+        replicas,
+    )
+
+
+def under_load(
+    gpu: str, small: str, big: str, load: Load, g: Group, rates: Sequence[float], seed: int = 0
+) -> list[float]:
+    """Mean seconds of a request, waiting included, in a group of `groups` to which `rates` requests a second come.
+
+    Of as many requests as fill it four times, or 100: beyond what a group can serve the queue grows with their number.
+    """
+    pair, requests = _pair(gpu, small, big, load, g.devices), max(100, 4 * g.slots)
+    return [_served(pair, load, g.devices, g.replicas, g.slots, requests, rate, seed).per_request for rate in rates]
+
+
+def _pair(gpu: str, small: str, big: str, load: Load, devices: int) -> Pipeline:
+    costs = roofline(gpu, small), roofline(gpu, big, max(1, devices))
+    return Pipeline(*costs, switch_s=load.handover_s / 2)
+
+
+def _served(
+    pair: Pipeline, load: Load, devices: int, replicas: int, slots: int, requests: int, rate: float, seed: int
+) -> Simulation:
+    """Requests that come to a group of `slots` in all, `rate` a second."""
+    return latency.simulate(
+        pair,
+        share=load.share if replicas else 1.0,
+        prompt=load.prompt,
+        decode=load.decode,
+        span=load.span,
+        chunk=128,
+        requests=requests,
+        rate=rate,
+        seed=seed,
+        shared=not devices and bool(replicas),
+        replicas=max(1, replicas),
+        slots=slots // max(1, replicas),
+        control_chunk=16,
     )
 
 

@@ -94,6 +94,9 @@ def step_accuracy(table: dict[str, dict[str, tuple[int, int]]]) -> Figure:
     return figure
 
 
+OUTLINES = [(4.0, "-"), (2.0, "--"), (1.5, "-"), (1.5, ":"), (1.0, "-."), (1.0, "--")]
+
+
 def span_positions(
     positions: dict[str, Sequence[float]],
     shares: dict[str, Sequence[float]],
@@ -114,17 +117,28 @@ def span_positions(
     ]
     if lengths is not None:
         drawn.append((panels[2], lengths, "characters in a span"))
+    colours = dict(zip(dict.fromkeys([*positions, *shares]), sns.color_palette()))
     for axes, data, what in drawn:
         names = [name for name in data if len(data[name])]
         top = max((max(data[name]) for name in names), default=0)
-        sns.histplot(
-            {label(name): np.asarray(data[name]) for name in names},
-            bins=np.linspace(0, 1, 21) if axes is left else np.arange(0.5, top + 1) if 1 < top <= 40 else 20,
-            stat="probability",
-            common_norm=False,
-            element="step",
-            ax=axes,
-        )
+        bins = np.linspace(0, 1, 21) if axes is left else np.arange(0.5, top + 1) if 1 < top <= 40 else 20
+        edges = np.histogram_bin_edges(np.concatenate([[0.0], *(data[name] for name in names)]), bins)
+        # Outlines, the later ones thinner and dashed: those that coincide are all seen.
+        for name, (width, dashes) in zip(names, OUTLINES):
+            sns.histplot(
+                x=np.asarray(data[name]),
+                bins=edges,
+                stat="probability",
+                element="step",
+                fill=False,
+                linewidth=width,
+                linestyle=dashes,
+                color=colours[name],
+                label=label(name),
+                ax=axes,
+            )
+        if names:
+            axes.legend(fontsize=9)
         axes.set(xlabel=what)
     for axes, what in zip(panels, ("spans", "traces", "spans")):
         axes.set(ylabel=what)
@@ -137,15 +151,16 @@ def span_positions(
 CURVES = (
     ("random", ("small",), "grey", "o"),
     ("rejection", ("learned", "learned_off"), "olivedrab", "."),
-    ("entropy", ("small",), "tan", "x"),
 )
+UNTRAINED = {"entropy": "x", "margin": "+", "confidence": "1"}  # all at one share: with markers of their own
 
 
 def accuracy_by_share(rows: Sequence[dict]) -> Figure:
     """The main figure: accuracy against offload share, with 95 % intervals.
 
-    Rows of the random policy make a curve, and so do those of rejection and entropy; the two
-    models alone are horizontal lines; every other row is a point of its own.
+    Rows of the random policy make a curve, and so do those of rejection; the two models alone are horizontal
+    lines; every other row is a point of its own, and those of trained policies are hollow, with their names beside
+    them, so that those that coincide are all seen.
     """
     figure, axes = _axes(8, 4.4)
     by_name = {row["policy"]: row for row in rows}
@@ -164,12 +179,17 @@ def accuracy_by_share(rows: Sequence[dict]) -> Figure:
         if any(row["policy"].startswith(family) for row in curve):
             _points(axes, curve, colour, family, marker=marker, linestyle="-")
         drawn += [row["policy"] for row in curve if row["policy"].startswith(family)]
-    others = [row for row in rows if row["policy"] not in drawn]
-    for row, colour, marker in zip(others, sns.color_palette("dark")[2:], "osDv^P"):
+    for row in (row for row in rows if row["policy"] in UNTRAINED):
+        marker = UNTRAINED[row["policy"]]
+        _points(axes, [row], "saddlebrown", row["policy"], marker=marker, markersize=9, linestyle="none")
+    others = [row for row in rows if row["policy"] not in {*drawn, *UNTRAINED}]
+    colours = sns.color_palette("dark")[2:]
+    for row, colour, marker in zip(others, colours, "osDv^P"):
         _points(
-            axes, [row], colour, row["policy"], marker=marker, markersize=9, markeredgecolor="white", linestyle="none"
+            axes, [row], colour, row["policy"], marker=marker, markersize=9, markerfacecolor="none", linestyle="none"
         )
     axes.set(ylim=(0, 1.03))
+    _names(axes, [(row["offload_share"], row["accuracy"], row["policy"]) for row in others], colours)
     _share_against_accuracy(axes, rows[0], f"{rows[0]['dataset']}: n = {rows[0]['n_problems']}")
     return figure
 
@@ -230,6 +250,23 @@ def _running_mean(
     """A running mean in full colour over the raw values in pale."""
     (line,) = axes.plot(x[window - 1 :], np.convolve(values, np.ones(window) / window, mode="valid"), **style)
     axes.plot(x, values, alpha=0.25, color=line.get_color())
+
+
+def _names(axes: Axes, points: Sequence[tuple[float, float, str]], colours: Sequence[Any]) -> None:
+    """The name of each point to the right of it and below, a line further down for each that lies close by."""
+    width, height = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())
+    for i, (x, y, name) in enumerate(points):
+        near = sum(abs(x - u) < width / 8 and abs(y - v) < height / 8 for u, v, _ in points[:i])
+        below = -16 - 16 * near if y > height / 8 else 16 + 16 * near  # above, where little is left below
+        axes.annotate(
+            label(name),
+            (x, y),
+            xytext=(34, below),
+            textcoords="offset points",
+            fontsize=9,
+            color=colours[i % len(colours)],
+            arrowprops={"arrowstyle": "-", "color": colours[i % len(colours)], "linewidth": 0.8},
+        )
 
 
 def _points(axes: Axes, rows: Sequence[dict], colour: Any, name: str, **style: Any) -> None:
@@ -295,13 +332,15 @@ def accuracy_by_time(rows: Sequence[dict], title: str = "") -> Figure:
     for row in rows:
         low, high = row["ci95"]
         error = [[abs(row["accuracy"] - low)], [abs(high - row["accuracy"])]]
+        colour, marker = colours[row["big"]], markers[row["policy"]]
         axes.errorbar(
-            row["seconds"], row["accuracy"], error, color=colours[row["big"]], marker=markers[row["policy"]], capsize=2
+            row["seconds"], row["accuracy"], error, color=colour, marker=marker, markerfacecolor="none", capsize=2
         )
     for big in bigs:
         axes.plot([], [], color=colours[big], label=label(big))
     for policy in policies:
-        axes.plot([], [], color="grey", linestyle="none", marker=markers[policy], label=label(policy))
+        style = {"color": "grey", "linestyle": "none", "markerfacecolor": "none"}
+        axes.plot([], [], marker=markers[policy], label=label(policy), **style)
     axes.set(xlabel="seconds a problem", ylabel="accuracy", xscale="log", ylim=(0, 1.03), title=label(title))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)

@@ -38,9 +38,13 @@ def simulated(case: Case, **settings: Any) -> list[dict[str, Any]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "simulate", simulate)
-        scope = {"p": p, "results": [], "latency": latency, "Pipeline": latency.Pipeline}
-        scope |= {"folder": case.folder, "figures": Mock()}
-        run_cells("07_latency", scope, "costs.roofline(", "latency_by_load(")
+        patch.setattr(
+            planning,
+            "groups",
+            lambda *_: [planning.Group("g", 2, 8, 1.0, 1.0, {"small": 1.0, "big": 1.0}, p.latency.devices, 1)],
+        )
+        scope = {"p": p, "share": 0.1, "planning": planning, "folder": case.folder, "figures": Mock()}
+        run_cells("07_latency", scope, "costs.roofline(", "planning.groups(", "latency_by_load(")
     return found
 
 
@@ -151,6 +155,6 @@ def against_the_clock(case: Case, changes: dict[str, Any]) -> tuple[tuple, list[
         patch.setattr(latency, "check", check)
         p = case.params({**changes, "data.test": "arith"})
         scope = {"p": p, "folder": case.folder, "latency": latency}
-        exec("from srlib.show.tables import table", scope)
+        exec("from srlib.show import timing\nfrom srlib.show.tables import table", scope)
         run_cells("07_latency", scope, "latency.check(")
     return asked[0], read_json(case.folder / "check.json", list)

@@ -131,5 +131,5 @@ def problems_of_notebook_04(case: Case) -> None:
         patch.setattr(engine, "load", lambda *_, **__: next(given))
         scope = {"p": case.params({"offload.n_demo": 5, "data.test": "arith"}), "folder": case.folder}
         exec("from srlib.show import figures\nfrom IPython.display import HTML", scope)
-        run_cells("04_offload", scope, "engine.load(", "writer = Offloader(", "write_jsonl(")
+        run_cells("04_offload", scope, "engine.load(", "likeliest = ", "writer = Offloader(", "write_jsonl(")
     assert len(scope["traces"]) == 5
