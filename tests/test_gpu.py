@@ -36,7 +36,8 @@ def test_greedy_traces_are_those_that_the_cpu_writes_one_by_one(folders, prompts
 def test_four_bits_mean_what_they_mean_unpacked(folders, prompts, device):
     four_bits = ModelSpec(path=folders[0], quantization="nf4", dtype="float32")
     packed = engine.load(four_bits.model_copy(update={"device": device}), 8)
-    assert {m.weight.dtype for m in packed.model.modules() if type(m).__name__ == "Linear4bit"} == {torch.uint8}
+    kinds = {(m.weight.dtype, m.weight.quant_type) for m in packed.model.modules() if type(m).__name__ == "Linear4bit"}
+    assert kinds == {(torch.uint8, "nf4")}
     assert {weight.device.type for weight in packed.model.parameters()} == {device}
     model, tokenizer = load_model(four_bits.model_copy(update={"device": "cpu"}))
     unpacked = TransformersEngine(model.dequantize(), tokenizer, 8)
