@@ -60,8 +60,8 @@ def test_two_steps_of_reinforcement(problems, tmp_path, device):  # noqa: F811
         load_model(tuned.model_copy(update={"adapter": str(folder / "adapter"), "merge": False}))[0].state_dict()
         for folder in (tmp_path, tmp_path / "run")
     )
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    assert moved and all("lora_" in name or "token_adapter" in name for name in moved), moved
+    adapter = [name for name in before if "lora_B" in name]
+    assert adapter and not any(torch.equal(before[name], after[name]) for name in adapter)
 
 
 @on_each_device
@@ -88,6 +88,6 @@ def test_steps_a_second_beside_generate(tokenizer, device, batch, capsys):
         written.append(write())  # lists: what a GPU has still to do is waited for
         seconds.append(time.perf_counter() - began)
     assert {len(row) for row in written[0]} == {steps}
-    assert sum(a == b for a, b in zip(*written)) >= batch - 1 - batch // 32  # ties may fall the other way
+    assert sum(a == b for a, b in zip(*written)) >= batch - batch // 16  # a tie may fall the other way
     with capsys.disabled():
         print(f"\n{device}, batch {batch}: {steps / seconds[0]:.0f} steps/s, generate {steps / seconds[1]:.0f}", end="")
