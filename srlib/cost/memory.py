@@ -17,6 +17,7 @@ from srlib import SrlibError
 from srlib.cost.shapes import Shape, qwen2, shape
 from srlib.data import benchmarks
 from srlib.engine.protocol import SCORE_POSITIONS, SCORE_TOKENS
+from srlib.engine.vllm.arguments import seats
 from srlib.params import ROOT, ModelSpec, Params, build
 
 GIB = 2**30
@@ -106,7 +107,7 @@ class _Model:
     def generating(self, slots: int) -> float:
         """Bytes: all prompts at once, or what the other model has written since the last look."""
         if self.spec.engine == "vllm":
-            return self.reading(1, VLLM_TOKENS, 0, slots)
+            return self.reading(1, VLLM_TOKENS, 0, seats(slots))
         width = max(PROMPT, self.p.offload.stream_chunk or self.tokens)
         return self.reading(slots, min(width, self.tokens), self.tokens, slots)
 

@@ -2,7 +2,7 @@
 
 - `protocol`: what every engine is, and the small classes that go in and out
 - `files`: a model's files, looked at without loading it
-- `loading`: from a model's name or folder to an engine
+- `loading`: from a model's name or folder to an engine, and what can be seen of it before
 - `models`: a model and its tokenizer, as transformers loads them
 - `adapters`: the tags as tokens; adapters made, saved and merged
 - `transformers`: the engine for a CPU or one GPU; `slots`: its cache and its attention
@@ -12,8 +12,7 @@
 An engine knows nothing of tags, pairs or policies.
 """
 
-from srlib.engine.files import check
-from srlib.engine.loading import load
+from srlib.engine.loading import check, load
 from srlib.engine.protocol import GREEDY, STOP_TAIL, Counters, Request, Sampling, Sequence
 
 __all__ = ["GREEDY", "STOP_TAIL", "Counters", "Request", "Sampling", "Sequence", "check", "load"]

@@ -5,10 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from srlib.engine import files
 from srlib.params.models import ModelSpec
 
 if TYPE_CHECKING:
     from srlib.engine.protocol import Engine
+
+
+def check(spec: ModelSpec) -> None:
+    """Look at what a model is loaded from, without loading it: its files, and for vLLM its settings.
+
+    Raises:
+        SrlibError: no such model or adapter, one of its files is damaged, or vLLM is not installed
+            or refuses a setting.
+    """
+    files.check(spec)
+    if spec.engine == "vllm" and not spec.url:
+        from srlib.engine.vllm import arguments
+
+        arguments.check(spec)
 
 
 def load(spec: ModelSpec | str | Path, slots: int = 64) -> Engine:

@@ -75,7 +75,11 @@ class ModelSpec(Section):
     tensor_parallel: int = Field(1, ge=1, description="vllm: devices that share every layer")
     pipeline_parallel: int = Field(1, ge=1, description="vllm: groups of devices that share the layers out")
     ray: bool = Field(False, description="vllm: the devices are on several machines, under Ray")
-    compile: bool = Field(False, description="vllm: compile the model and replay CUDA graphs; slower to start")
+    eager: bool = Field(
+        False,
+        description="vllm: neither compile the model nor replay CUDA graphs: it starts sooner, and writes slower; on a "
+        "CPU it is so in any case",
+    )
 
     @property
     def place(self) -> str:
@@ -91,8 +95,8 @@ class ModelSpec(Section):
                     f"quantization {self.quantization} needs engine: vllm; transformers takes nf4 and int8"
                 )
             several = self.tensor_parallel * self.pipeline_parallel > 1
-            if self.url or self.ray or self.compile or self.kv_cache_gb or several:
-                raise ValueError("url, ray, compile, kv_cache_gb and the parallel settings need engine: vllm")
+            if self.url or self.ray or self.eager or self.kv_cache_gb or several:
+                raise ValueError("url, ray, eager, kv_cache_gb and the parallel settings need engine: vllm")
             return self
         if self.process:
             raise ValueError("process needs engine: transformers; vllm works by itself")
@@ -100,8 +104,8 @@ class ModelSpec(Section):
             raise ValueError(
                 f"quantization {self.quantization} needs engine: transformers; vllm takes awq, gptq and fp8"
             )
-        if self.url and (self.ray or self.compile or self.device != "auto"):
-            raise ValueError("device, ray and compile are for a model that is loaded here, and url names a server")
+        if self.url and (self.ray or self.eager or self.device != "auto"):
+            raise ValueError("device, ray and eager are for a model that is loaded here, and url names a server")
         if self.ray and ":" in self.device:
             raise ValueError(f"device is {self.device}, and with ray it is Ray that chooses the devices; leave it away")
         return self

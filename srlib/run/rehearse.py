@@ -134,9 +134,8 @@ def _machine(values: dict[str, Any], noted: list[str]) -> None:
         if spec["tensor_parallel"] * spec["pipeline_parallel"] > 1 or spec["ray"]:
             noted.append(f"{side} is on one device, not on {spec['tensor_parallel'] * spec['pipeline_parallel']}")
             spec |= {"tensor_parallel": 1, "pipeline_parallel": 1, "ray": False}
-        if spec["compile"]:
-            noted.append(f"{side} is not compiled")
-            spec["compile"] = False
+        if spec["engine"] == "vllm" and here and not (spec["url"] or spec["eager"]):
+            noted.append(f"{side} is not compiled, and replays no CUDA graphs")
         if spec["quantization"] in ("awq", "gptq", "fp8"):
             noted.append(f"{side} is not quantised ({spec['quantization']}): that needs weights of its own, or a GPU")
             spec["quantization"] = "none"

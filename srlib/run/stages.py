@@ -109,8 +109,8 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
         made_now: stages that run before this one, whose artefacts need not be there yet.
 
     Raises:
-        SrlibError: something is missing or damaged; the sentence names it and the stage that makes it. Or `base`
-            names no stage.
+        SrlibError: something is missing or damaged; the sentence names it and the stage that makes it. Or vLLM
+            refuses a model's settings, or `base` names no stage.
     """
     for name in p.base.stages if p.base else ():
         if name not in STAGES:
@@ -120,6 +120,20 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
     for name in needed(p, stage):
         if MAKERS[name] not in made_now or artefacts(p)[name].given:
             require_artefact(p, name, stage)
+    try:
+        _whole(*_others(p, stage, made_now))
+    except SrlibError as error:
+        raise SrlibError(f"{stage}: {error}") from None
+
+
+def _others(p: Params, stage: str, made_now: Sequence[str]) -> list[ModelSpec]:
+    """Models that a stage loads and no artefact names: a judge; the copy that writes rollouts, if its base is there."""
+    if stage == "01_annotate" and p.annotate.method == "judge" and p.annotate.judge.local is not None:
+        return [p.annotate.judge.local]
+    there = MAKERS["pair"] not in made_now or artefacts(p)["pair"].given
+    if stage == "03_grpo" and p.grpo.use_vllm and there:
+        return [p.rollout_small.model_copy(update={"path": p.small.path, "adapter": None})]
+    return []
 
 
 def needed(p: Params, stage: str) -> list[str]:

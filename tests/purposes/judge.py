@@ -192,7 +192,7 @@ OTHERS = {
     "context": 512,
     **VLLM,
     "ray": True,
-    "compile": True,
+    "eager": True,
 }
 
 
@@ -202,7 +202,7 @@ def a_judge_here_is_loaded_as_it_is_set(case: Case) -> None:
     setting = case.key.removeprefix(f"{LOCAL}.")
     loaded: list[ModelSpec] = []
     case.fixture("monkeypatch").setattr(engine, "load", lambda spec, slots: loaded.append(spec))
-    vllm = {"engine": "vllm"} if setting in VLLM or setting in ("ray", "compile") else {}
+    vllm = {"engine": "vllm"} if setting in VLLM or setting in ("ray", "eager") else {}
     p = case.params({"annotate.method": "judge", LOCAL: {"path": "judge", **vllm}, case.key: OTHERS[setting]})
     annotators._judge(p, None)
     assert [getattr(spec, setting) for spec in loaded] == [OTHERS[setting]]

@@ -215,9 +215,13 @@ def several_machines(case: Case) -> None:
     assert vllm_args(spec(case, True, engine="vllm")).distributed_executor_backend == "ray"
 
 
-@shows(*keys("compile"))
-def compiled_models(case: Case) -> None:
-    assert not vllm_args(spec(case, True, engine="vllm")).enforce_eager
+@shows(*keys("eager"))
+def models_that_are_not_compiled(case: Case) -> None:
+    for cpu, eager in ((True, True), (False, case.params({}).pair.small.eager), (False, True)):
+        asked = spec(case, eager, engine="vllm")
+        assert vllm_args(asked, cpu).enforce_eager == (cpu or eager), (
+            "a GPU replays CUDA graphs, unless it is told not to"
+        )
 
 
 TEMPLATE = (

