@@ -149,6 +149,10 @@ def _plan(chosen: Namespace) -> int:
 
     table, all_fit = memory.table(p)
     print(table)
+    if p.data.traces is not None and not p.annotate.tries and "01_annotate" not in p.left_out:
+        from srlib.annotation import traces
+
+        print(traces.foreseen(p, memory.contexts(p)))
     return 0 if all_fit else 1
 
 

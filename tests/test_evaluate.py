@@ -1,7 +1,7 @@
 """Completions: written, kept as they end, taken up again, graded, and summed up in a row."""
 
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +13,13 @@ from srlib.data import arith, spans
 from srlib.data.grade import Grade
 from srlib.data.journal import Journal
 from srlib.data.rows import Problem, read_jsonl
+from srlib.decoding import Offloader
 from srlib.decoding.policies import Learned, Never, Policy, Random
 from srlib.engine.transformers import TransformersEngine
 from srlib.evaluation import completions, counterfactual, stats
 from srlib.params import Arith, Offload
 from tests.cells import run_cells
+from tests.conftest import random_model
 from tests.test_offload import Scripted
 from tests.test_policies import Speaks
 
@@ -167,7 +169,6 @@ def test_every_request_is_refused_once(engines, problems, temperature):
     _, records = completions.run(*engines, policy, problems, config, dataset="arith", samples=2, seed=1)
     rows = counterfactual.run(*engines, policy, problems, records, config, seed=1)
     assert len(rows) == sum(len(r["handovers"]) for r in records) > 5
-    assert all(row["same_start"] for row in rows)
     by_key = {(r["id"], r["sample"]): r for r in records}
     for row in rows:
         text = by_key[row["id"], row["sample"]]["text"]
@@ -197,7 +198,12 @@ def test_the_notebook_compares_policies_in_tables(monkeypatch, names):
         for name in names
     }
     scope = {"records": records, "rows": [{"policy": name} for name in names], "stats": stats, "pd": pd}
-    scope |= {"table": lambda frame, index: shown.append(frame), "how": SimpleNamespace(samples=1)}
+    scope |= {
+        "tuned": [],
+        "measures": [],
+        "table": lambda frame, index: shown.append(frame),
+        "how": SimpleNamespace(samples=1),
+    }
     run_cells("05_evaluate", scope, "pairs += [", "at.spread")
     paired, at_share = shown
     if names == ["big"]:
@@ -211,6 +217,49 @@ def test_the_notebook_compares_policies_in_tables(monkeypatch, names):
     for name, needed in zip(("learned", "grpo"), at_share["problems for 2 points"]):
         assert needed == stats.problems_needed(2, *stats.matched(records[name], curve).spread)
         assert needed != stats.problems_needed(2, *stats.spread(records[name], records["small"]))
+
+
+@dataclass(frozen=True)
+class Without(Learned):
+    """As `Learned` from the beginning, but for one request."""
+
+    request: int = 0
+
+    def write(self, writer):
+        asked = count()
+        while not writer.done:
+            tag = yield from writer.small_writes(writer.left, tags=True)
+            if tag == spans.OPEN and not writer.done and next(asked) != self.request:
+                yield from writer.span()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_trace_is_written_on_from_the_ids_that_were_recorded(pair, tokenizer, problems, temperature, monkeypatch):
+    """To the letter, whatever a model would write there now, as in half precision, and as if it had been written so."""
+    config, seen, row_of = Offload(max_tokens=24, span_budget=4, temperature=temperature), [], counterfactual._row
+
+    def spying(problem, record, request, trace, *more):
+        seen.append((problem, record, request, trace))
+        return row_of(problem, record, request, trace, *more)
+
+    monkeypatch.setattr(counterfactual, "_row", spying)
+    engines = [TransformersEngine(model, tokenizer, slots=64) for model in pair]
+    _, records = completions.run(*engines, Learned(), problems, config, dataset="arith", samples=2, seed=1)
+    tags = tokenizer.convert_tokens_to_ids(["<bigmodel>", "</bigmodel>"])
+    for small in (pair[0], random_model(len(tokenizer), 7, loud=(*tags, 0))):
+        seen.clear()
+        engines[0] = TransformersEngine(small, tokenizer, slots=64)
+        counterfactual.run(*engines, Learned(), problems, records, config, seed=1)
+        assert len(seen) == sum(len(r["handovers"]) for r in records) > 5
+        for problem, record, request, trace in seen:
+            start, ids = record["handovers"][request][0], completions.ids_of(record)
+            assert tokenizer.decode(ids) == record["text"] and len(ids) == len(record["owners"])
+            assert trace.ids[:start] == ids[:start] and (ids[start - 1],) == trace.tags.open
+            assert "".join("SBF"[owner] for owner in trace.owners[:start]) == record["owners"][:start]
+            if small is pair[0]:
+                writer = Offloader(*engines, Without(request=request), **config.settings, seed=1)
+                (again,) = writer.run([problem.prompt], numbers=[record["sample"]])
+                assert (again.ids, again.owners) == (trace.ids, trace.owners)
 
 
 class Says(Speaks):

@@ -1,8 +1,19 @@
 """Whether the plan's figures are those of models that are really there, and what it refuses."""
 
+import gc
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from psutil import Process
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from srlib import SrlibError, engine, params
 from srlib.__main__ import main
@@ -36,13 +47,18 @@ def test_weights_are_those_of_models_that_are_built(tmp_path):
             vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, head_dim=64
         )
     )
-    for name, model in (("qwen", qwen), ("llama", llama)):
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # not hidden_size / heads
+    wide = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=50, hidden_size=64, num_hidden_layers=1, intermediate_size=64, **sizes)
+    )
+    for name, model in (("qwen", qwen), ("llama", llama), ("wide", wide)):
         model.save_pretrained(tmp_path / name)
         linear = sum(
             x.weight.numel() for n, x in model.named_modules() if isinstance(x, torch.nn.Linear) and n != "lm_head"
         )
         found = shapes.shape(str(tmp_path / name))
         assert (found.parameters, found.linear) == (model.num_parameters(), linear)
+        assert found.kv == model.model.layers[0].self_attn.k_proj.out_features
         assert of(tmp_path / name).weights() == sum(x.numel() * x.element_size() for x in model.parameters())
     for side in ("small", "big"):
         built = arith_pair.model(getattr(CPU.arith, side), 100, 0)
@@ -72,12 +88,47 @@ def test_cache_and_adapter_are_those_of_a_model(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     made = engine.load(ModelSpec(path=str(tmp_path), context=64), slots=3)
     made.run(engine.Request(made.open([]), feed=[5] * 40, max_new=8))
-    held = sum(x.numel() * x.element_size() for store in (made._cache.keys, made._cache.values) for x in store.values())
-    assert held == of(tmp_path, context=64).caches(3)
+    assert _held(made) == of(tmp_path, context=64).caches(3)
     lora = LoraConfig(
         r=4, target_modules="all-linear", trainable_token_indices={"embed_tokens": [0, 1], "lm_head": [0, 1]}
     )
     assert get_peft_model(model, lora).get_nb_trainable_parameters()[0] == shapes.shape(str(tmp_path)).lora(4)
+
+
+def test_the_cache_of_a_long_trace_is_as_large_as_planned(tmp_path, tokenizer):
+    """16,384 tokens, read in parts and written on: bytes of the stores at each length, and of the process in the end.
+
+    Its layer slides, which is quick: it keeps all keys as others do.
+    """
+    length, part, written, heads = 16_384, 128, 64, 8
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=64, head_dim=64, num_hidden_layers=1, intermediate_size=64,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=length, sliding_window=part,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    made, plan = engine.load(ModelSpec(path=str(tmp_path)), slots=1), of(tmp_path)
+    sequence = made.open([])
+    made.run(engine.Request(sequence, feed=[5] * part))  # what is made at the first pass is there
+    gc.collect()
+    resident, sizes = Process().memory_info().rss, []
+    while len(sequence.ids) < length - written:
+        made.run(engine.Request(sequence, feed=[5] * min(part, length - written - len(sequence.ids))))
+        sizes.append((len(sequence.ids), _held(made)))
+    first, ahead = sizes[0][1], 2  # stores: each grows some tokens before it must
+    made.run(engine.Request(sequence, max_new=written))
+    assert len(sequence.ids) == length
+    for tokens, held in sizes:
+        assert plan.cache(tokens) <= held <= plan.cache(min(2 * (tokens + ahead), length))
+    assert _held(made) == plan.cache(length) > 30 * first
+    gc.collect()
+    grown = Process().memory_info().rss - resident
+    assert grown == pytest.approx(_held(made) - first, rel=0.1)
+
+
+def _held(made) -> int:
+    return sum(x.nbytes for store in (made._cache.keys, made._cache.values) for x in store.values())
 
 
 @pytest.mark.parametrize("name", ["gpu24", "node", "cpu", "smoke"])

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from srlib import SrlibError
+from srlib.annotation import answers
 from srlib.data import arith, problems, prompts
 from srlib.data.journal import Journal
 from srlib.data.rows import Annotated, Problem, read_jsonl, write_jsonl
@@ -127,6 +128,47 @@ def test_each_tokenizer_has_its_own_template_and_tokens(tokenizer):
     assert prompts.encode_for_each(tokenizers, []) == [[]] * 5
 
 
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+2?"},
+    {"role": "assistant", "content": "3"},
+    {"role": "user", "content": "And 3*4?"},
+    {"role": "assistant", "content": "<think>3*4=12;</think>\\boxed{12}"},
+]
+
+
+def test_rows_of_messages_go_through_the_template_turn_by_turn(tmp_path):
+    """With a hint, and a format of the question, in the last turn, and the row's own system turn before all."""
+    row = {"id": "a", "messages": TURNS, "answer": "12"}
+    path = str(write_jsonl(tmp_path / "x.jsonl", [row, row | {"id": "b", "messages": TURNS[1:]}]))
+    columns = {"prompt": "messages", "trace": "messages"}
+    made = arith.tokenizer()
+    made.chat_template = "{% for m in messages %}({{ m.role }}){{ m.content }}{% endfor %}{% if add_generation_prompt %}(assistant){% endif %}"
+    found = problems.load(Source(path=path, columns=columns, prompt="Q: {question}"), worked=True)
+    assert [problem.trace for problem in found] == 2 * [TURNS[-1]["content"]]
+    assert Problem(**json.loads(found[0].model_dump_json())) == found[0]
+    asked = [*TURNS[:3], {"role": "user", "content": "Q: And 3*4? Box it."}]
+    wanted = [made.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in (asked, asked[1:])]
+
+    def encoded():
+        return [made.decode(ids) for ids in prompts.encode_prompts(made, [x.prompt + " Box it." for x in found])]
+
+    assert encoded() == wanted
+    prompts.set_template(made, {}, "Be wise.")
+    assert encoded() == [wanted[0], "(system)Be wise." + wanted[1]]
+    assert found[0].prompt.count("Q: ") == 1
+    assert prompts.readable(found[0].prompt) == "system: Be brief.\n\nuser: 1+2?\n\nassistant: 3\n\nuser: Q: And 3*4?"
+    assert prompts.readable("1+2?") == "1+2?"
+    row = problems.load(Source(path=path, columns=columns), worked=True)[1]
+    assert "user: And 3*4?" in answers.prompt_of(row, 0.2)
+    made.chat_template = None
+    with pytest.raises(SrlibError, match="has no chat template, and a problem is a conversation"):
+        encoded()
+    made.chat_template = "{{ raise_exception('Roles must alternate') if messages | length > 1 }}"
+    with pytest.raises(SrlibError, match="takes no such conversation: Roles must alternate"):
+        encoded()
+
+
 SCHEMA, FOREIGN = {}, {"id": "uid", "prompt": "question", "answer": "target", "trace": "solution", "correct": "ok"}
 
 
@@ -166,6 +208,10 @@ GOOD = {"id": "p1", "prompt": "6*7?", "answer": "42"}
         ),
         ({"prompt": "6*7\\\ud800\\ud800?"}, {"prompt": "6*7\\\\ud800\\ud800?"}),
         ({"prompt": "6*7\U0001f600?"}, {"prompt": "6*7\U0001f600?"}),
+        ({"prompt": [{"role": "user", "content": "6*7?"}]}, {}),
+        ({"prompt": [{"role": "user", "content": "6*7?"}, {"role": "assistant", "content": "42"}]}, {}),
+        ({"trace": [{"role": "user", "content": "6*7?"}, {"role": "assistant", "content": "42"}]}, {"trace": "42"}),
+        ({"trace": [{"role": "assistant", "content": "42"}, {"role": "user", "content": "6*7?"}]}, {}),
         ({"meta": {"level": 3}}, {"meta": {"level": 3}}),
         ({"meta": "of another kind", "year": 1999}, {}),
     ],
@@ -189,11 +235,18 @@ def test_what_a_row_may_hold(tmp_path, columns, row, problem):
         ({"answer": float("nan")}, "answer is not a number"),
         ({"prompt": ""}, "prompt is blank"),
         ({"prompt": {"text": "6*7?"}}, "prompt is a mapping"),
-        ({"prompt": [{"role": "system", "content": "Be brief."}]}, "prompt is a conversation"),
+        ({"prompt": [{"role": "system", "content": "Be brief."}]}, "prompt is a conversation that cannot be asked"),
+        (
+            {"prompt": [{"role": "tool", "content": "42"}, {"role": "user", "content": "?"}]},
+            "prompt is a conversation that cannot be asked",
+        ),
+        ({"prompt": [{"role": "user", "content": "6\x1e7?"}]}, "prompt is a conversation that cannot be asked"),
+        ({"prompt": [{"role": "user", "content": None}]}, "no a turn of prompt"),
+        ({"prompt": [{"role": "user"}, 7]}, "prompt is a list of 2"),
         ({"id": ["p", "1"]}, "id is a list of 2"),
         ({"id": " "}, "id is blank"),
         ({"trace": {"text": "seven sixes"}}, "trace is a mapping"),
-        ({"trace": [{"role": "assistant", "content": "42"}]}, "trace is a conversation"),
+        ({"trace": [{"role": "assistant", "content": {"text": "42"}}]}, "trace is a mapping"),
         ({"trace": [False, "seven sixes"]}, "trace is true or false"),
         ({"trace": ["x", "y"], "correct": [True, "true"]}, "correct is text"),
         ({"trace": ["x", "y"], "correct": [True, 2]}, "correct is a number"),

@@ -1,7 +1,13 @@
 """Rehearsals: twins that differ in size alone, params that keep their structure, and what is told of the rest."""
 
 import json
+import random
+import re
+from collections import Counter
+from math import log
+from statistics import fmean
 
+import nbformat
 import pytest
 import torch
 import yaml
@@ -9,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from srlib import SrlibError
 from srlib.__main__ import main
+from srlib.data import problems
+from srlib.data.rows import write_jsonl
 from srlib.params import ROOT, Params, build, load
 from srlib.params.reference import settings
 from srlib.run import pipeline, rehearse, twins
@@ -80,10 +88,103 @@ def test_rows_that_are_here_are_cut_and_else_as_they_are(tmp_path):
     ]
     source, file = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     source.write_text("\n".join([json.dumps(rows[0]), "{broken", *map(json.dumps, rows[1:])]))
-    twins.cut(source, file, 3, 30)
+    twins.cut(source, file, 30)
     lines = file.read_text().splitlines()
     assert json.loads(lines[0]) == {**rows[0], "generations": ["x" * 300, None]}
     assert lines[1] == "{broken" and json.loads(lines[2]) == rows[1] and len(lines) == 3
+
+
+COLUMNS = {"id": "uuid", "prompt": "problem", "trace": "generations", "correct": "correctness_math_verify"}
+TOKEN = re.compile(r" ?[A-Za-z]+|\d| ?[^\w\s]+|\s+|\w")  # what a vocabulary that knows the words makes of a text
+
+
+def openr1(file, n):
+    """A set in the shape of OpenR1-Math-220k, whole and half broken rows; returns why rows cannot be used, and lengths.
+
+    Lengths of the generations are log-normal, 5,500 tokens in the mean, to 30,000.
+    """
+    rng, bad, lengths = random.Random(0), Counter(), []
+    corpus = [json.loads(x) for x in (ROOT / "tests" / "data" / "r1_style_traces.jsonl").read_text().splitlines()]
+    whole = " ".join(row["message_thinking"] for row in corpus)
+    words, token = whole.split(" "), len(whole) / len(TOKEN.findall(whole))  # characters of one
+
+    def text(tokens):
+        pieces, left = [], tokens * token
+        while left > 0:
+            at = rng.randrange(len(words) - 50)
+            pieces.append(" ".join(words[at : at + 50]))
+            left -= len(pieces[-1]) + 1
+        return " ".join(pieces)[: int(tokens * token)]
+
+    def row(number):
+        several = rng.choice([1, 2, 2, 4])
+        tokens = [min(30_000, int(rng.lognormvariate(log(5500) - 0.7**2 / 2, 0.7))) for _ in range(several)]
+        generations = [f"<think>\n{text(t)}\n</think>\n\n\\boxed{{{number}}}" for t in tokens]
+        right = [rng.random() < 0.7 for _ in tokens]
+        right[rng.randrange(several)] = True
+        lengths.append(tokens[right.index(True)])
+        problem = f"What is {number}? {text(60)}"
+        return {
+            "problem": problem, "solution": rng.choice([None, text(100)]), "answer": str(number),
+            "problem_type": rng.choice(["Algebra", None]), "question_type": "math-word-problem", "source": "olympiads",
+            "uuid": f"u{number}", "is_reasoning_complete": [True] * several, "generations": generations,
+            "correctness_math_verify": right, "correctness_llama": rng.choice([None, right]),
+            "finish_reasons": rng.choice([None, ["stop"] * several]), "correctness_count": sum(right),
+            "messages": [{"role": "user", "content": problem}, {"role": "assistant", "content": generations[0]}],
+        }  # fmt: skip
+
+    faults = {
+        "no generation is marked right": lambda r: r | {"correctness_math_verify": [False] * len(r["generations"])},
+        "no answer": lambda r: r | {"answer": None},
+        "no prompt": lambda r: r | {"problem": None},
+        "no trace": lambda r: r | {"generations": None},
+        "correct has not one mark for each generation": lambda r: r | {"correctness_math_verify": [True] * 9},
+        "its id stands twice": lambda r: r | {"uuid": "u1"},
+    }
+    with file.open("w") as written:
+        for number in range(n):
+            each = row(number)
+            if number % 20 == 10:
+                reason = [*faults][number // 20 % len(faults)]
+                each = faults[reason](each)
+                bad[reason] += 1
+                lengths.pop()
+            written.write(json.dumps(each) + "\n")
+    return bad, lengths
+
+
+@pytest.mark.notebooks
+def test_a_set_in_the_shape_of_openr1_is_rehearsed(tmp_path):
+    """Every row that cannot be used is counted, by reason; about as many are too long as really would be."""
+    bad, lengths = openr1(tmp_path / "set.jsonl", 2000)
+    assert bad.total() == 100 and 5000 < fmean(lengths) < 6000 and max(lengths) > 25_000
+    values = load("params/gpu24.yaml", outputs=str(tmp_path)).model_dump()
+    values["data"]["traces"] = {"path": str(tmp_path / "set.jsonl"), "columns": COLUMNS}
+    with pytest.raises(SrlibError, match=r"holds 1900 traces that can be used \(.*\), fewer than the 4000 asked for"):
+        rehearse.run(build(values, "it", Params), "params/gpu24.yaml")
+    values["annotate"]["n_traces"] = values["grpo"]["n_problems"] = 1900
+    p, noted = build(values, "it", Params), []
+    q = build(rehearse.scaled(p, tmp_path, noted), "the rehearsal", Params)
+    assert "data.traces: long texts in it are cut, to their length / 14.4" in noted
+    assert not pipeline.run(q, only="01_annotate") and not pipeline.run(q, only="02_sft")
+    cells = nbformat.read(q.run_dir / "01_annotate" / "01_annotate.ipynb", 4).cells
+    printed = "".join(out.get("text", "") for cell in cells for out in cell.get("outputs", []))
+    kept, told = re.search(r"^(\d+) traces; (.*)$", printed, re.MULTILINE).groups()
+    counts = {reason: int(n) for n, reason in re.findall(r"(\d+) dropped: ([^;]*)", told)}
+    (longer,) = counts.keys() - bad.keys()
+    assert longer == "it has more tokens than sft.max_length or a model's context holds (320)"
+    assert {reason: counts[reason] for reason in bad} == bad and counts[longer] + int(kept) == rehearse.ROWS
+    real = sum(tokens > 4500 for tokens in lengths) / len(lengths)
+    assert counts[longer] / rehearse.ROWS == pytest.approx(real, abs=0.2)
+    assert (q.run_dir / "02_sft" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_copy_of_a_named_set_stays_one(tmp_path):
+    rows = [{"question": "1+1?", "answer": "It is two. #### 2"}] * 9
+    path = write_jsonl(tmp_path / "copy.jsonl", rows)
+    p = load("params/smoke.yaml", **{"data.test": f"gsm8k:{path}", "outputs": str(tmp_path)})
+    q = build(rehearse.scaled(p, tmp_path, []), "the rehearsal", Params)
+    assert [problem.answer for problem in problems.load(q.test)] == ["2"] * 9
 
 
 def test_every_setting_that_is_scaled_is_one():

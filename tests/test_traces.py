@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from srlib import SrlibError
+from srlib.__main__ import main
 from srlib.annotation import agreement, annotators, readings, traces
 from srlib.annotation.alignment import cover, units
 from srlib.data import arith, prompts, spans
@@ -259,3 +260,31 @@ def test_what_is_too_long_is_dropped_before_any_is_scored(tokenizer, tmp_path):
         traces.gather(
             p.model_copy(update={"offload": p.offload.model_copy(update={"hint": "!" * 9})}), tmp_path, tokenizer
         )
+
+
+def test_the_plan_says_how_many_traces_are_too_long(tokenizer, tmp_path, capsys, monkeypatch):
+    lengths = [1 + n % 50 for n in range(200)]
+    rows = [{"id": str(i), "prompt": "3+4?", "answer": "7", "trace": "3+4=7;" * n} for i, n in enumerate(lengths)]
+    path = str(write_jsonl(tmp_path / "x.jsonl", [*rows, {"id": "no", "prompt": "3+4?", "answer": "7"}]))
+    asked = ["plan", "params/smoke.yaml", "--set", f"outputs={tmp_path}", "--set"]
+    main([*asked, "data.traces=elsewhere.jsonl"])
+    assert "How many traces are too long is not known: elsewhere.jsonl is no file here." in capsys.readouterr().out
+    main([*asked, f"data.traces={path}"])
+    assert f"of {path} are too long is not known: the tokenizer of {tmp_path}" in capsys.readouterr().out
+    tokenizer.save_pretrained(tmp_path / "smoke" / "00_arith_pair" / "small")
+    main([*asked, f"data.traces={path}", "--set", "sft.max_length=125", "--set", "offload.hint='!!'"])
+    told = capsys.readouterr().out.splitlines()[-1]
+    # 6 for the prompt and its hint, one for the end
+    share = sum(6 + 6 * n + 1 > 125 for n in lengths) / 200
+    assert told == (
+        f"{share:.0%} of 200 traces drawn from the 200 of {path} have more than 125 tokens, which is what sft.max_length "
+        "or a model's context holds, and would be dropped; of its other rows 1 dropped: no trace."
+    )
+    p = Params(
+        run="smoke", outputs=str(tmp_path), data={"traces": path}, sft={"max_length": 125}, offload={"hint": "!!"}
+    )
+    p = p.model_copy(update={"annotate": p.annotate.model_copy(update={"n_traces": 200})})
+    assert traces.gather(p, tmp_path, tokenizer)[1].total() - 1 == round(200 * share)  # as many as there really are
+    assert traces.foreseen(p, [512, 61]).startswith(f"{sum(6 + 6 * n + 1 > 61 for n in lengths) / 200:.0%} of 200")
+    monkeypatch.setattr(traces, "SAMPLE", 50)
+    assert " of 50 traces drawn from the 200 of " in traces.foreseen(p, [512])

@@ -15,6 +15,7 @@ from typing import Any
 
 from srlib.annotation import traces
 from srlib.annotation.alignment import align
+from srlib.data.prompts import readable
 from srlib.data.rows import Problem
 from srlib.params import Judge
 
@@ -96,7 +97,7 @@ class Answer:
 
 def prompt_of(problem: Problem, share: float) -> str:
     """What a judge is asked about one trace."""
-    return PROMPT.format(share=share, problem=problem.prompt, trace=problem.trace)
+    return PROMPT.format(share=share, problem=readable(problem.prompt), trace=problem.trace)
 
 
 def answer_of(body: Any, limit: int, shown: Callable[[str], str] = str) -> Answer:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from srlib.params import Annotate, Offload, Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 1000  # traces whose tokens are counted for a plan: the share is within three points
 
 
 def gather(
@@ -54,11 +57,8 @@ def gather(
     asked = encode_prompts(tokenizer, [problem.prompt + p.offload.hint for problem in found])
     kept = []
     for problem, ids in zip(found, asked):
-        trace = problem.worked if config.method == "given" else spans.strip(problem.worked)
-        trace = continuation(tokenizer, trace)
-        room = most - len(ids) - 1  # for its end of text
-        # No token is less than a byte, and bytes are quickly counted.
-        if len(trace.encode()) > room and len(tokenizer.encode(trace, add_special_tokens=False)) > room:
+        trace = _plain(problem, config, tokenizer)
+        if _too_long(trace, most - len(ids), tokenizer):
             dropped[f"it has more tokens than sft.max_length or a model's context holds ({most})"] += 1
         elif not trace.strip():
             dropped["it has nothing behind <think>"] += 1
@@ -67,6 +67,48 @@ def gather(
     if not kept:
         raise SrlibError(f"No trace can be annotated: {problems.told(dropped)}.")
     return kept, dropped
+
+
+def _plain(problem: Problem, config: Annotate, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The trace of a problem as it goes on behind its prompt, without tags unless they are what is wanted."""
+    return continuation(tokenizer, problem.worked if config.method == "given" else spans.strip(problem.worked))
+
+
+def _too_long(trace: str, room: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a trace and its end of text take more than `room` tokens."""
+    # No token is less than a byte, and bytes are quickly counted.
+    return len(trace.encode()) >= room and len(tokenizer.encode(trace, add_special_tokens=False)) >= room
+
+
+def foreseen(p: Params, contexts: Iterable[int]) -> str:
+    """What share of the traces that the params name `gather` would drop as too long, from a sample, in a line.
+
+    Nothing is fetched: where the set or the tokenizer is not on this machine, the line says so.
+
+    Args:
+        contexts: of the models that read them, in tokens.
+    """
+    file, path = p.traces.file, p.traces.path
+    if file is None or not file.is_file():
+        return f"How many traces are too long is not known: {path} is no file here."
+    from srlib.engine.models import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(p.small, local=True)
+    except SrlibError:
+        return f"How many traces of {path} are too long is not known: the tokenizer of {p.small.path} is not here."
+    dropped: Counter[str] = Counter()
+    found = problems.load(p.traces, worked=True, on_bad="drop", dropped=dropped)
+    some = random.Random(p.seed).sample(found, min(SAMPLE, len(found)))
+    most = min([p.sft.max_length, *contexts])
+    asked = encode_prompts(tokenizer, [problem.prompt + p.offload.hint for problem in some])
+    plain = (_plain(problem, p.annotate, tokenizer) for problem in some)
+    longer = sum(_too_long(trace, most - len(ids), tokenizer) for trace, ids in zip(plain, asked))
+    unusable = f"; of its other rows {problems.told(dropped)}" if dropped else ""
+    return (
+        f"{longer / len(some):.0%} of {len(some):,} traces drawn from the {len(found):,} of {path} have more than {most:,} "
+        f"tokens, which is what sft.max_length or a model's context holds, and would be dropped{unusable}."
+    )
 
 
 def key(problem: Problem) -> str:

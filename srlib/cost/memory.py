@@ -61,9 +61,14 @@ class _Model:
         return 4 if (auto if self.spec.dtype == "auto" else self.spec.dtype) == "float32" else 2
 
     @property
+    def context(self) -> int:
+        """Tokens there is room for."""
+        return self.spec.context or self.shape.context
+
+    @property
     def tokens(self) -> int:
         """Of the longest sequence."""
-        return min(PROMPT + self.p.offload.max_tokens, self.spec.context or self.shape.context)
+        return min(PROMPT + self.p.offload.max_tokens, self.context)
 
     def devices(self) -> list[str]:
         """Those that share it. A server on this machine is taken to have the last GPUs; one elsewhere needs none."""
@@ -91,8 +96,7 @@ class _Model:
         """Bytes. The transformers engine doubles its cache as sequences grow, up to the context."""
         if self.spec.kv_cache_gb:
             return self.spec.kv_cache_gb * GIB * len(self.devices())
-        context = self.spec.context or self.shape.context
-        longest = min(2 * self.tokens, context) if self.spec.engine == "transformers" else self.tokens
+        longest = min(2 * self.tokens, self.context) if self.spec.engine == "transformers" else self.tokens
         return self.cache(slots * longest)
 
     def reading(self, batch: int, width: int, length: int, logits: int) -> float:
@@ -161,6 +165,12 @@ def _shape(p: Params, spec: ModelSpec, side: str) -> Shape:
     a = getattr(p.arith, side)  # 100: printable ASCII, the end, two tags of thought and two of this method
     heads = a.num_attention_heads
     return qwen2(a.hidden_size, a.num_hidden_layers, heads, heads, a.intermediate_size, 100, 512, tied=True)
+
+
+def contexts(p: Params) -> list[int]:
+    """Tokens that each model of the pair holds which reads traces in stage 01."""
+    held = models(p, "01_annotate")
+    return [held[side].context for side in p.annotate.engines]
 
 
 def needs(p: Params, stages: tuple[str, ...] = STAGES) -> list[Need]:

@@ -65,7 +65,7 @@ def shape(path: str) -> Shape:
     """
     file = Path(path) / "config.json"
     config = read_json(file, dict[str, Any], "make it again") if file.is_file() else {}
-    if config.get("model_type") == "qwen2":
+    if config.get("model_type") == "qwen2" and config.get("head_dim") is None:
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
         names += ["intermediate_size", "vocab_size", "max_position_embeddings", "tie_word_embeddings"]
         if all(name in config for name in names):

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from tqdm.auto import tqdm
 
@@ -55,7 +55,8 @@ def load(
     The fields `id`, `prompt`, `answer` and `trace` are read from the columns that the source names, or
     from those called like them; a mapping called `meta` is kept, other columns are left alone. A field
     is text, a number, or a list with one of these. A row without an id gets its number, from 0. Of a
-    list of generations the first is the trace, or the first that the column `correct` says is right.
+    list of generations the first is the trace, or the first that the column `correct` says is right. A
+    conversation (turns with `role` and `content`) is a prompt up to its last turn by the user, and a trace from there.
 
     Args:
         source: a `Source`, or a path alone.
@@ -198,7 +199,7 @@ def _problem(row: Row | Bad, number: int, source: Source, benchmark: Benchmark |
     how = source.prompt or (benchmark.prompt if benchmark else "plain")
     return Problem(
         id=str(number) if fields["id"] is None else _text("id", fields["id"]),
-        prompt=prompts.ask(_text("prompt", fields["prompt"]), how),
+        prompt=prompts.ask(_prompt(fields["prompt"]), how),
         answer=_text("answer", fields["answer"]),
         trace=_trace(fields, "correct" in source.columns, worked),
         meta=fields["meta"] if isinstance(fields["meta"], dict) else {},
@@ -212,6 +213,8 @@ def _trace(fields: Row, marked: bool, worked: bool) -> str | None:
         Bad: it is no text, or a row needs one and has none.
     """
     given = fields.get("trace")
+    if _is_conversation(given):
+        given = given[-1].get("content") if given[-1]["role"] == "assistant" else None
     several = given if isinstance(given, list) else [given]
     if any(isinstance(each, dict) for each in several):
         raise Bad(f"trace is {_kind(given)}", given)
@@ -229,6 +232,23 @@ def _trace(fields: Row, marked: bool, worked: bool) -> str | None:
     if first is None and worked:
         raise Bad("no generation is marked right" if written else "no trace")
     return None if first is None else _text("trace", first)
+
+
+def _prompt(value: object) -> str:
+    """The text of a prompt, of a conversation up to its last turn by the user.
+
+    Raises:
+        Bad: as `_text`, or the conversation has no such turn, or one that is no text.
+    """
+    if not _is_conversation(value):
+        return _text("prompt", value)
+    said = [(str(turn["role"]), _text("a turn of prompt", turn.get("content"))) for turn in value]
+    while said and said[-1][0] == "assistant":
+        said.pop()
+    try:
+        return prompts.conversation(said)
+    except ValueError as error:
+        raise Bad("prompt is a conversation that cannot be asked", error) from None
 
 
 def _text(field: str, value: object) -> str:
@@ -254,10 +274,12 @@ def _blank(text: str) -> bool:
     return not any(character.isprintable() and character != " " for character in text)
 
 
+def _is_conversation(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "role" in each for each in value)
+
+
 def _kind(value: object) -> str:
     """What stands where a text should, in words."""
-    if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
-        return "a conversation"
     if isinstance(value, list):
         return f"a list of {len(value)}"
     words: dict[type, str] = {dict: "a mapping", bool: "true or false", float: "not a number"}

@@ -1,8 +1,13 @@
-"""Prompts: how a question is put to a model, in words and in ids; what one ends with, and what a trace begins with."""
+"""Prompts: how a question is put to a model, in words and in ids; what one ends with, and what a trace begins with.
+
+A prompt is a text: a question, or a conversation that ends with one, whose turns each stand behind two of ASCII's
+separators with the role between them (`conversation`). So what is put behind a prompt is part of its last turn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from srlib import SrlibError
@@ -26,6 +31,9 @@ def encode_for_each(tokenizers: list[PreTrainedTokenizerBase], prompts: list[str
     """`encode_prompts` for each of `tokenizers`; a chat template that several share is filled in once.
 
     All prompts end as that of the first does (see `opening`): what the models write goes on behind each.
+
+    Raises:
+        SrlibError: a prompt is a conversation, and a tokenizer has no chat template, or one that does not take its turns.
     """
     ids_alone = {"return_attention_mask": False}
     end = opening(tokenizers[0])
@@ -36,6 +44,8 @@ def encode_for_each(tokenizers: list[PreTrainedTokenizerBase], prompts: list[str
         if not prompts:
             encoded.append([])
         elif tokenizer.chat_template is None:
+            if any(map(TURN.match, prompts)):
+                raise SrlibError(f"{tokenizer.name_or_path} has no chat template, and a problem is a conversation.")
             encoded.append(tokenizer([prompt + end for prompt in prompts], **ids_alone)["input_ids"])
         else:
             key = (type(tokenizer), str(tokenizer.chat_template), str(tokenizer.special_tokens_map))
@@ -43,6 +53,35 @@ def encode_for_each(tokenizers: list[PreTrainedTokenizerBase], prompts: list[str
                 filled[key] = [text.removesuffix(own) + end for text in _filled(tokenizer, prompts)]
             encoded.append(tokenizer(filled[key], add_special_tokens=False, **ids_alone)["input_ids"])
     return encoded
+
+
+ROLES = ("system", "user", "assistant")
+TURN = re.compile(rf"\x1e({'|'.join(ROLES)})\x1f")
+
+
+def conversation(said: Sequence[tuple[str, str]]) -> str:
+    """A prompt of several turns (role, text); that of a user alone is its text.
+
+    Raises:
+        ValueError: the last turn is not a user's, or one has another role, is empty, or holds a separator.
+    """
+    for role, text in said:
+        if role not in ROLES or not text.strip() or "\x1e" in text or "\x1f" in text:
+            raise ValueError(f"a turn is {role}: {text[:50]!r}")
+    if not said or said[-1][0] != "user":
+        raise ValueError("it does not end with a user's turn")
+    return said[0][1] if len(said) == 1 else "".join(f"\x1e{role}\x1f{text}" for role, text in said)
+
+
+def turns(prompt: str) -> list[dict[str, str]]:
+    """The turns of a prompt, as chat templates take them."""
+    _, *parts = TURN.split(prompt) if TURN.match(prompt) else ["", "user", prompt]
+    return [{"role": role, "content": text} for role, text in zip(parts[::2], parts[1::2])]
+
+
+def readable(prompt: str) -> str:
+    """A prompt for one who reads it: a conversation with its roles."""
+    return TURN.sub(lambda mark: f"\n\n{mark[1]}: ", prompt).strip() if TURN.match(prompt) else prompt
 
 
 THINK = "<think>"
@@ -86,7 +125,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any
             raise SrlibError(f"template holds {name!r}, which is no name of an argument.")
     given = {name: repr(value) for name, value in arguments.items()}  # Jinja reads Python's literals
     if system:
-        given["messages"] = f"{[{'role': 'system', 'content': system}]} + messages"
+        own = "messages if messages[0]['role'] == 'system' else"  # a conversation's own
+        given["messages"] = f"{own} {[{'role': 'system', 'content': system}]} + messages"
     if tokenizer.chat_template is None:
         if given:
             raise SrlibError(f"{tokenizer.name_or_path} has no chat template: leave template and system empty for it.")
@@ -97,8 +137,14 @@ def set_template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any
 
 
 def _filled(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
-    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(map(turns, prompts)), add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise SrlibError(
+            f"The chat template of {tokenizer.name_or_path} takes no such conversation: {error}."
+        ) from None
 
 
 def _opening(prompt: str) -> str:
@@ -116,6 +162,8 @@ FORMATS = {
 def ask(question: str, how: str) -> str:
     """A question as the model is asked it: `how` is one of `FORMATS`, or a text with {question} in it.
 
+    Of a conversation it is that of the last turn.
+
     Raises:
         SrlibError: it is neither.
     """
@@ -124,4 +172,5 @@ def ask(question: str, how: str) -> str:
         near = nearest(how, list(FORMATS))
         hint = f"; did you mean {near!r}?" if near else "."
         raise SrlibError(f"prompt is {how!r}, which is none of {', '.join(FORMATS)} and has no {{question}}{hint}")
-    return text.replace("{question}", question)
+    start = question.rfind("\x1f") + 1 if TURN.match(question) else 0
+    return question[:start] + text.replace("{question}", question[start:])

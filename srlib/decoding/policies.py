@@ -40,7 +40,6 @@ class Learned(Policy):
             accuracy against share from one model (1: offloading switched off).
         max_share: most of the text so far that may be the big model's, in tokens; a span ends
             where it would go beyond, and one that could not have a single token is refused.
-        without: number of one request, from 0, that is refused: what would have been without that help.
     """
 
     tags = True
@@ -48,16 +47,14 @@ class Learned(Policy):
     reject: float = 0.0
     max_share: float = 1.0
     name: str = "learned"
-    without: int | None = None
 
     def write(self, writer: Writer) -> Steps:
-        rng, request = random.Random(writer.seed) if self.reject else None, -1
+        rng = random.Random(writer.seed) if self.reject else None
         while not writer.done:
             tag = yield from writer.small_writes(writer.left, tags=True)
             if tag != spans.OPEN or writer.done:
                 continue
-            request += 1
-            if (rng and rng.random() < self.reject) or request == self.without:
+            if rng and rng.random() < self.reject:
                 continue
             budget = self._allowed(writer)
             if budget is None or budget >= 1:

@@ -17,6 +17,7 @@ import gc
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -27,7 +28,7 @@ from srlib.data.prompts import encode_for_each
 from srlib.decoding.duo import Duo
 from srlib.decoding.policies import Policy
 from srlib.decoding.trace import Trace
-from srlib.decoding.writer import Steps, Writer
+from srlib.decoding.writer import Begun, Steps, Writer
 from srlib.engine.protocol import Engine, Request, runs, steps
 from srlib.params.stages import slots_for
 
@@ -173,6 +174,7 @@ class Offloader(Duo):
         progress: bool = False,
         numbers: Iterable[int] | None = None,
         finished: Callable[[int, Trace], None] | None = None,
+        begun: Iterable[Begun] | None = None,
     ) -> list[Trace]:
         """Write one trace for each prompt, text or ids.
 
@@ -182,16 +184,18 @@ class Offloader(Duo):
             numbers: which sample of its prompt each trace is, from 0; None: as they come. With the seed
                 and the prompt it fixes the trace, so some of many samples can be written later.
             finished: called with a trace's place among the prompts and the trace, as soon as it has ended.
+            begun: the ids that each trace begins with, and their owners; it is written on from there.
         """
         self._start, self._waited = self._time(), 0.0
         times_seen: Counter[tuple[int, ...]] = Counter()
         given = iter(numbers) if numbers is not None else None
+        beginnings = iter(begun) if begun is not None else repeat(((), ()))
         jobs: dict[Job, int] = {}  # with their places
         for place, (ids, big_ids) in enumerate(self._encode(list(prompts))):
             key = tuple(ids)
             number = times_seen[key] if given is None else next(given)
             times_seen[key] += 1
-            jobs[self._submit(ids, big_ids, number)] = place
+            jobs[self._submit(ids, big_ids, number, begun=next(beginnings))] = place
         bar = tqdm(total=len(jobs), desc=self.policy.name, unit="trace", disable=not progress, mininterval=1)
         left = len(jobs)
         gc.freeze()  # what is loaded is no garbage: to go through it all again and again would cost a tenth of the time
@@ -226,10 +230,12 @@ class Offloader(Duo):
                 f"{self.policy.name}: {len(failed)} of {len(traces)} traces failed: {failed[0].error}"
             ) from failed[0].cause
 
-    def _submit(self, ids: list[int], big_ids: list[int], number: int, live: bool = False) -> Job:
+    def _submit(
+        self, ids: list[int], big_ids: list[int], number: int, live: bool = False, begun: Begun = ((), ())
+    ) -> Job:
         text = f"{self.seed} {number} {ids}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
-        job = Job(Writer(self, ids, big_ids, seed, live))
+        job = Job(Writer(self, ids, big_ids, seed, live, begun))
         if fault := self._fault(ids, big_ids):
             job.writer.stop("error", SrlibError(fault))
         self._queue.append(job)

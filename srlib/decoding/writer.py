@@ -25,6 +25,7 @@ pass, where the public code generates a few tokens from every prefix to look for
 from __future__ import annotations
 
 from collections.abc import Generator
+from collections.abc import Sequence as Several
 from typing import Any
 
 from srlib.data import spans
@@ -33,6 +34,7 @@ from srlib.decoding.trace import BIG, FORCED, NAN, SMALL, Handover, Trace
 from srlib.engine.protocol import STOP_TAIL, Doubt, Request, Sampling, Sequence
 
 Steps = Generator[Request, None, None]  # what is waited for, until it is done
+Begun = tuple[Several[int], Several[int]]  # the ids a trace begins with, and their owners
 
 
 class Side:
@@ -102,17 +104,25 @@ class Writer:
     Args:
         duo: the engines, and how they work together.
         prompt_ids, big_prompt_ids: the prompt as each model is asked.
+        begun: ids and owners that the trace begins with: both models read them, and go on behind.
         live: what it has written can be seen token by token (`written`).
     """
 
     def __init__(
-        self, duo: Duo, prompt_ids: list[int], big_prompt_ids: list[int], seed: int, live: bool = False
+        self,
+        duo: Duo,
+        prompt_ids: list[int],
+        big_prompt_ids: list[int],
+        seed: int,
+        live: bool = False,
+        begun: Begun = ((), ()),
     ) -> None:
         self.o, self.seed, self._live = duo, seed, live
-        self.trace = Trace(list(prompt_ids), duo.tags)
+        ids, owners = map(list, begun)
+        self.trace = Trace(list(prompt_ids), duo.tags, ids, owners, [NAN] * len(ids))
         # One seed for both: where they agree on a token's distribution they draw the same token.
         small, big = (duo.turns[engine] if engine is not None else None for engine in (duo.small, duo.big))
-        self.small = Side(small, prompt_ids, Sampling(*duo.sampling, seed))
+        self.small = Side(small, [*prompt_ids, *ids], Sampling(*duo.sampling, seed))
         self.big = Side(big, big_prompt_ids, Sampling(*duo.big_sampling, seed))
         rooms = [
             engine.context - len(ids)
@@ -121,12 +131,13 @@ class Writer:
         ]
         self.room = min(duo.max_tokens, *rooms)
         self.to_big, self.to_small = duo.bridge.start()
+        self.big.unread += self.to_big.feed(spans.strip(ids, duo.tags), last=True)
         self._unfed = 0  # ids of the big model's last chunk that have not gone through `to_small`
-        self._shown = 0  # the big model has been given the trace up to here, as far as the small one wrote it
+        self._shown = len(ids)  # the big model has been given the trace up to here, as far as the small one wrote it
         self._under_way: tuple[Request, int] | None = None  # its ids go into the trace as they are; and whose they are
         self._shaky = 0  # ids at the end of the trace that may be taken back
-        if self.room <= 0:
-            self.trace.finish = "prompt"
+        if self.left <= 0:
+            self.trace.finish = "length" if ids else "prompt"
 
     @property
     def left(self) -> int:

@@ -128,8 +128,11 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         logging.set_verbosity(verbosity)
 
 
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: ModelSpec, local: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model alone, with what the spec says of its chat template.
+
+    Args:
+        local: the hub is not asked for it.
 
     Raises:
         SrlibError: there is none.
@@ -137,7 +140,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     where = spec.adapter or spec.path
     assert where is not None, "a model is named"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
     except Exception as error:  # tokenizers, the library, raises nothing narrower
         if isinstance(error, OSError) and not Path(where).exists():
             raise SrlibError(f"{where} has no tokenizer here or on the hub: {_line(error)}") from None

@@ -1,19 +1,24 @@
 """What a policy reaches: it writes every problem, each completion is kept, and a row says how it went.
 
-Completions are kept in a journal as they end. A run that was killed goes on where it was: as the
-seed of a sample depends on its problem and its number alone, it ends with what it would have ended with.
+Completions are kept in a journal as they end, by their ids: no text says for sure which they were. A
+run that was killed goes on with those that had not ended: as the seed of a sample depends on its problem
+and its number alone, it ends with what it would have ended with. (In half precision another batch may give
+another sample, as likely; one that had ended is never written again.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+import zlib
+from base64 import b64decode, b64encode
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
@@ -33,7 +38,7 @@ from srlib.params import Offload
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["accuracy", "by_difficulty", "compare", "difficulty", "run", "summarise"]
+__all__ = ["accuracy", "by_difficulty", "compare", "difficulty", "ids_of", "run", "summarise"]
 
 
 def run(
@@ -59,7 +64,7 @@ def run(
 
     Returns:
         the policy's row of `results.json`, and a record for each completion with its problem's `key` as `id`,
-        its number, text, owners, counts, and grade; ordered by problem and number.
+        its number, text, ids (see `ids_of`), owners, counts, and grade; ordered by problem and number.
 
     Raises:
         SrlibError: a trace failed (those that ended are kept), or `file` is damaged or open in another process.
@@ -170,6 +175,7 @@ def _record(trace: Trace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "finish": trace.finish,
         "text": tokenizer.decode(trace.ids),
+        "ids": b64encode(zlib.compress(np.array(trace.ids, dtype="<u4").tobytes())).decode(),
         "owners": "".join("SBF"[owner] for owner in trace.owners),
         "handovers": [[h.start, h.tokens, h.closed_by] for h in trace.handovers],
         "malformed": bool(trace.malformed),
@@ -178,6 +184,11 @@ def _record(trace: Trace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "small_tokens": trace.small_tokens,
         **{key: getattr(trace, key) for key in FORWARD},
     }
+
+
+def ids_of(record: dict[str, Any]) -> list[int]:
+    """The ids of a completion, tags included, as its owners; they are packed, since in figures they would be the most of it."""
+    return np.frombuffer(zlib.decompress(b64decode(record["ids"])), dtype="<u4").tolist()
 
 
 def _grade(

@@ -1,9 +1,9 @@
 """Was a request any use? What would have been without it, for every hand-over of a policy.
 
-The trace is written again with one request refused: the small model goes on from the very same
-point, writes the span itself, and after it everything runs as before (later requests are answered).
-Up to the request the trace is the same, since draws depend on seed and position alone. Both ends
-are graded:
+The trace is written on from the very ids that were recorded up to a request, which is refused: the
+small model writes the span itself, and after it everything runs as before (later requests are
+answered). To write what was before it again would be to write another trace: in half precision a
+token may change with the others of its batch. Both ends are graded:
 
     right with it, wrong without  needed
     right or wrong, both alike    useless
@@ -26,8 +26,10 @@ from srlib.data.rows import Problem
 from srlib.decoding.policies import Learned
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import Trace
+from srlib.decoding.writer import Begun
 from srlib.engine.protocol import Engine
 from srlib.evaluation import stats
+from srlib.evaluation.completions import ids_of
 from srlib.params import Offload
 
 if TYPE_CHECKING:
@@ -50,25 +52,27 @@ def run(
 
     Args:
         policy: the one that wrote `records`, without rejection; its engines, settings and seed the same.
-        records: as `evaluate.run` gives them.
+        records: as `completions.run` gives them.
 
     Returns:
         a row for each request: `id`, `sample`, `request` (its number), `position` (0 … 1 in the trace), `tokens`
         of the span, `before` (the text up to it), `big` and `small` (what each wrote there), `correct`,
-        `correct_without`, `verdict`, and `same_start` (whether the trace was the same up to it).
+        `correct_without` and `verdict`.
     """
     by_id = {problem.key: problem for problem in problems}
-    asking: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for record in records:
-        for request in range(len(record["handovers"])):
-            asking[request].append(record)
-    rows = []
-    for request, some in sorted(asking.items()):
-        without = replace(policy, without=request, name=f"without request {request + 1}")
-        writer = Offloader(small, big, without, **config.settings, seed=seed)
-        traces = writer.run([by_id[r["id"]].prompt for r in some], progress=True, numbers=[r["sample"] for r in some])
-        writer.raise_if_failed(traces)
-        rows += [_row(by_id[r["id"]], r, request, t, config, writer.tokenizer) for r, t in zip(some, traces)]
+    asked = [(record, request) for record in records for request in range(len(record["handovers"]))]
+    writer = Offloader(small, big, replace(policy, name="without a request"), **config.settings, seed=seed)
+    traces = writer.run(
+        [by_id[record["id"]].prompt for record, _ in asked],
+        progress=True,
+        numbers=[record["sample"] for record, _ in asked],
+        begun=[_up_to(*each) for each in asked],
+    )
+    writer.raise_if_failed(traces)
+    rows = [
+        _row(by_id[record["id"]], record, request, trace, config, writer.tokenizer)
+        for (record, request), trace in zip(asked, traces)
+    ]
     return sorted(rows, key=lambda row: (row["id"], row["sample"], row["request"]))
 
 
@@ -92,13 +96,17 @@ def table(rows: Sequence[dict[str, Any]], by: str | None = None) -> pd.DataFrame
     return pd.DataFrame(lines)
 
 
+def _up_to(record: dict[str, Any], request: int) -> Begun:
+    """Ids and owners of a completion up to and with the tag of a request."""
+    start, _, _ = record["handovers"][request]
+    return ids_of(record)[:start], ["SBF".index(owner) for owner in record["owners"][:start]]
+
+
 def _row(
     problem: Problem, record: dict, request: int, trace: Trace, config: Offload, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     start, tokens, _ = record["handovers"][request]
     found = verdict(with_opening(tokenizer, trace.text(tokenizer)), problem, config.hint)
-    before = tokenizer.decode(trace.ids[:start])
-    at = len(before)
     # the span of the refused request, as far as the small model closed it
     rest = trace.ids[start:]
     own = next((i for i in range(len(rest)) if _closes(rest, i, trace.tags)), len(rest))
@@ -108,20 +116,14 @@ def _row(
         "request": request,
         "position": start / max(1, len(record["owners"])),
         "tokens": tokens,
-        "before": spans.strip(before),
-        "big": _until_close(record["text"][at:]),
+        "before": spans.strip(tokenizer.decode(trace.ids[:start])),
+        "big": tokenizer.decode(ids_of(record)[start : start + tokens]),
         "small": tokenizer.decode(rest[:own]),
         "correct": record["correct"],
         "correct_without": found.correct,
         "verdict": VERDICTS[record["correct"], found.correct],
-        "same_start": record["text"].startswith(before.rstrip("\ufffd")),
     }
 
 
 def _closes(ids: list[int], at: int, tags: spans.Tags) -> bool:
     return any(tuple(ids[at : at + len(close)]) == tuple(close) for close in (*tags.closes, tags.open))
-
-
-def _until_close(text: str) -> str:
-    ends = [text.find(tag) for tag in spans.SPELLINGS[1:] if tag in text]
-    return text[: min(ends)] if ends else text

@@ -43,7 +43,9 @@ class ModelSpec(Section):
     template: dict[str, Anything] = Field(
         {}, description="arguments of the tokenizer's chat template, such as {enable_thinking: false}"
     )
-    system: str = Field("", description="system turn of the chat template, before every problem")
+    system: str = Field(
+        "", description="system turn of the chat template, before every problem that has none of its own"
+    )
     engine: Literal["transformers", "vllm"] = Field("transformers", description="what the model runs on")
     url: Address | None = Field(
         None,

@@ -76,7 +76,7 @@ class Source(Section):
     )
     columns: dict[Literal["id", "prompt", "answer", "trace", "correct"], str] = Field(
         {},
-        description="field: column it is read from; empty: the columns are named like the fields. A named set has its own",
+        description="field: its column, of text or of messages; empty: columns are named like the fields. A named set has its own",
     )
     prompt: str = Field("", description="plain, boxed, base, or a text with {question}; empty: asked as it is")
     _world: Arith = PrivateAttr(Arith())  # of the set arith

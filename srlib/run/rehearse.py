@@ -25,8 +25,9 @@ import psutil
 import yaml
 
 from srlib import SrlibError, params
+from srlib.data import benchmarks, problems
 from srlib.data.rows import whole
-from srlib.params import Params, paths
+from srlib.params import Params, Source, paths
 from srlib.run import pipeline, twins
 
 TOKENS = 320  # of the longest trace
@@ -63,11 +64,12 @@ def run(p: Params, file: str | Path) -> int:
         file: the params file, whose comment says how a server is started.
 
     Raises:
-        SrlibError: a model has no twin, or the params do not stand being scaled down.
+        SrlibError: a model has no twin, the params do not stand being scaled down, or the problems are fewer than they ask for.
     """
     folder = p.run_dir.parent / f"rehearsal-{p.run}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    _enough(p)
     noted: list[str] = []
     values = scaled(p, folder, noted)
     with _server(values, Path(file), folder, noted):
@@ -110,7 +112,8 @@ def scaled(p: Params, folder: Path, noted: list[str]) -> dict[str, Any]:
     context = PROMPT + values["offload"]["max_tokens"]
     values["sft"]["max_length"] = max(values["sft"]["max_length"], PROMPT)
     _machine(values, noted)
-    _models(values, folder, max(context, values["sft"]["max_length"]), noted)
+    known = _here(p.data.traces) or _here(p.data.test)
+    _models(values, folder, max(context, values["sft"]["max_length"]), noted, known)
     _data(p, values, folder, scale, noted)
     return values
 
@@ -161,32 +164,51 @@ def _specs(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"pair.{side}", spec
 
 
-def _models(values: dict[str, Any], folder: Path, context: int, noted: list[str]) -> None:
-    """A twin in the place of each model; an adapter that is given is left out."""
+def _here(source: Source | None) -> Path | None:
+    """The file of a source, if it is on this machine."""
+    file = source.file if source is not None else None
+    return file if file is not None and file.is_file() else None
+
+
+def _enough(p: Params) -> None:
+    """As many problems as the params ask for, in what is here: a rehearsal draws fewer."""
+    stages = pipeline.choose(p)
+    if _here(p.data.traces) and "01_annotate" in stages:
+        problems.traces(p, p.annotate.n_traces, worked=not p.annotate.tries)
+    if _here(p.data.traces) and "03_grpo" in stages:
+        problems.traces(p, p.grpo.n_problems)
+    if _here(p.data.test):
+        problems.load(p.test, benchmarks.protocol(p).n_problems)
+
+
+def _models(values: dict[str, Any], folder: Path, context: int, noted: list[str], known: Path | None) -> None:
+    """A twin in the place of each model, whose tokenizer knows some text; an adapter that is given is left out."""
     for side, spec in _specs(values):
         if spec["path"] is None:
             continue  # stage 00 makes it, and is rehearsed itself
         twin = folder / "twins" / re.sub(r"[^A-Za-z0-9.-]+", "-", spec["path"]).strip("-")
         if not twin.exists():
-            twins.make(spec["path"], twin, context, noted.append)
+            twins.make(spec["path"], twin, context, noted.append, known)
         if spec["adapter"]:
             noted.append(f"{side}.adapter is left out: it fits no twin")
         spec |= {"path": str(twin), "adapter": None, "context": spec["context"] and context}
 
 
 def _data(p: Params, values: dict[str, Any], folder: Path, scale: float, noted: list[str]) -> None:
-    """Rows of the files that are here, cut; else traces and problems made for it."""
+    """The rows of the files that are here, cut; else traces and problems made for it."""
     made: dict[str, Path] = {}
     for name, source in (("traces", p.data.traces), ("test", p.data.test)):
         if source is None:
             continue
         file = folder / f"{name}.jsonl"
-        if source.file is not None and source.file.is_file():
-            twins.cut(source.file, file, ROWS, scale)
-            values["data"][name]["path"] = str(file)
+        if here := _here(source):
+            twins.cut(here, file, scale)
+            set_, mark, _ = source.path.partition(":") if benchmarks.find(source) else ("", "", "")
+            values["data"][name]["path"] = f"{set_}{mark}{file}"
+            noted.append(f"data.{name}: long texts in it are cut, to their length / {scale:.3g}")
             continue
         noted.append(f"data.{name} is made here: {source.path} is no file on this machine")
-        made = made or twins.problems(folder, ROWS, p.seed)
+        made = made or twins.problems(folder / "made", ROWS, p.seed)
         values["data"][name] = {"path": str(made[name])}
 
 

@@ -2,7 +2,8 @@
 
 A twin has the architecture of its model: the same class and configuration, with fewer and narrower layers and
 random weights; and its tokenizer: the real one where it is here or the hub is reached, else one with the same
-special tokens and the same shape of chat template, trained on the text of the problems.
+special tokens and the same shape of chat template, trained on the text of the problems: so that a trace has
+about as many tokens by it as by the real one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 HEAD = 64  # numbers of a head; of these sizes vLLM's attention and the 4-bit kernels take any number of heads
 LAYERS = 2
-VOCABULARY = 600  # entries of a tokenizer that is trained here
+VOCABULARY = 4096  # most entries of a tokenizer that is trained here
+LEARNT = 1_000_000  # characters of given problems that it is trained on
 LONG = 200  # characters of a text that is not cut
 SPARE = 64  # rows of a twin's embeddings beyond its tokenizer, where its model has some
 # What is known of models that a params file of this project names, where the hub is not reached: from their configurations.
@@ -48,12 +50,13 @@ TEMPLATE = (
 )
 
 
-def make(path: str, folder: Path, context: int, noted: Callable[[str], None]) -> None:
+def make(path: str, folder: Path, context: int, noted: Callable[[str], None], problems: Path | None = None) -> None:
     """Write the twin of the model `path`, a folder or a name on the hub, to `folder`.
 
     Args:
         context: tokens of its longest sequence.
         noted: is told what could not be kept.
+        problems: a JSONL file whose text a tokenizer that is trained here should know.
 
     Raises:
         SrlibError: nothing here or on the hub tells of its architecture.
@@ -61,7 +64,7 @@ def make(path: str, folder: Path, context: int, noted: Callable[[str], None]) ->
     import torch
     from transformers import AutoModelForCausalLM
 
-    config, tokenizer = _config(path, noted), _tokenizer(path, noted)
+    config, tokenizer = _config(path, noted), _tokenizer(path, noted, problems)
     spare = SPARE if config.get_text_config().vocab_size > len(tokenizer) + len(SPELLINGS) else 0
     narrow(config, len(tokenizer) + spare, context)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -118,6 +121,7 @@ def problems(folder: Path, n: int, seed: int) -> dict[str, Path]:
     How often is log-normal: as in real sets, most are short, and some are many times as long.
     """
     rng, files = random.Random(seed), {}
+    folder.mkdir(exist_ok=True)
     for split in ("traces", "test"):
         rows = []
         for problem in islice(arith.generate(Arith(), split, seed), n):
@@ -129,10 +133,10 @@ def problems(folder: Path, n: int, seed: int) -> dict[str, Path]:
     return files
 
 
-def cut(source: Path, file: Path, n: int, scale: float) -> None:
-    """The first `n` rows of a JSONL file as they are, but for their long texts, which have one `scale`-th of their length.
+def cut(source: Path, file: Path, scale: float) -> None:
+    """The rows of a JSONL file as they are, but for their long texts, which have one `scale`-th of their length.
 
-    A row that is no JSON is kept as it is, too: what a stage makes of it is to be seen.
+    All of them: what is wrong with a row is what a rehearsal is to find, wherever it stands. A row that is no JSON is kept as it is, too: what a stage makes of it is to be seen.
     """
 
     def short(value: Any) -> Any:
@@ -143,7 +147,7 @@ def cut(source: Path, file: Path, n: int, scale: float) -> None:
         return value[: max(LONG, int(len(value) / scale))] if isinstance(value, str) else value
 
     with whole(file) as written:
-        for _, line in islice(lines(source), n):
+        for _, line in lines(source):
             with suppress(ValueError):
                 line = json.dumps(short(parsed(line)), ensure_ascii=False, default=str)
             written.write(f"{line}\n")
@@ -183,18 +187,18 @@ def _config(path: str, noted: Callable[[str], None]) -> PreTrainedConfig:
     return config
 
 
-def _tokenizer(path: str, noted: Callable[[str], None]) -> PreTrainedTokenizerBase:
+def _tokenizer(path: str, noted: Callable[[str], None], problems: Path | None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=not reached())
     except Exception:  # tokenizers raises nothing narrower
         noted(f"{path}: its tokenizer is one trained here, with R1's special tokens and shape of template")
-        return trained()
+        return trained(problems)
 
 
-def trained() -> PreTrainedTokenizerBase:
-    """A byte-level BPE with the special tokens of R1 and a template that opens the thought."""
+def trained(problems: Path | None = None) -> PreTrainedTokenizerBase:
+    """A byte-level BPE with the special tokens of R1 and a template that opens the thought; it knows the text of `problems`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -208,7 +212,7 @@ def trained() -> PreTrainedTokenizerBase:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bare.train_from_iterator(_text(), trainer)
+    bare.train_from_iterator(_text(problems), trainer)
     made = PreTrainedTokenizerFast(
         tokenizer_object=bare, bos_token=BOS, eos_token=EOS, pad_token=EOS, chat_template=TEMPLATE
     )
@@ -216,8 +220,25 @@ def trained() -> PreTrainedTokenizerBase:
     return made
 
 
-def _text() -> Iterator[str]:
-    """What a tokenizer is trained on: problems, and the letters of the tags."""
+def _text(given: Path | None) -> Iterator[str]:
+    """What a tokenizer is trained on: problems, those that are given too, and the letters of the tags."""
     for problem in islice(arith.generate(Arith(), "train", 0), 200):
         yield f"{problem.prompt} Wait, let me check this again. {problem.worked}"
     yield from SPELLINGS
+    left = LEARNT
+    for _, line in lines(given) if given else ():
+        with suppress(ValueError):
+            line = "\n".join(_texts(parsed(line)))  # without JSON's own marks
+        yield line[:left]
+        left -= len(line)
+        if left <= 0:
+            return
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
