@@ -91,7 +91,7 @@ def test_rows_that_are_here_are_cut_and_else_as_they_are(tmp_path):
     twins.cut(source, file, 30)
     lines = file.read_text().splitlines()
     assert json.loads(lines[0]) == {**rows[0], "generations": ["x" * 300, None]}
-    assert lines[1] == "{broken" and json.loads(lines[2]) == rows[1] and len(lines) == 3
+    assert lines[1] == "{broken" and list(map(json.loads, lines[2:])) == rows[1:]
 
 
 COLUMNS = {"id": "uuid", "prompt": "problem", "trace": "generations", "correct": "correctness_math_verify"}
