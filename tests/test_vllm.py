@@ -471,13 +471,20 @@ def test_a_gpu_has_another_model_runner_than_the_cpu_build(folders, monkeypatch)
 
 
 @needs_vllm
-def test_a_setting_that_vllm_refuses_ends_a_run_before_it_begins(folders):
+def test_a_setting_that_vllm_refuses_ends_a_run_before_it_begins(folders, monkeypatch):
     sides = {"small": {"path": folders[0]}, "big": {"path": folders[1], "engine": "vllm", "tensor_parallel": 3}}
     p = params.build({"run": "refused", "pair": sides}, "a test", Params)
     with pytest.raises(
         SrlibError, match=r"vLLM refuses the settings of .*: Total number of attention heads \(2\) must"
     ):
         require(p, "01_annotate")
+
+    def unreached(*args, **how):
+        raise OSError("the hub\nis not reached")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreached)
+    with pytest.raises(SrlibError, match="vLLM could not load some/model: the hub is not reached"):
+        engine.check(ModelSpec(path="some/model", engine="vllm"))
 
 
 class StandIn:

@@ -84,9 +84,8 @@ def check(spec: ModelSpec, slots: int = 1) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     lora = spec.adapter if spec.adapter and beside(spec) else None
-    given = arguments(spec, spec.place, slots, lora, cpu)
     with told(spec.place):
-        AsyncEngineArgs(**given).create_engine_config()
+        AsyncEngineArgs(**arguments(spec, spec.place, slots, lora, cpu)).create_engine_config()
 
 
 def on_cpu(spec: ModelSpec) -> bool:
