@@ -24,6 +24,33 @@ def test_problems_are_right_and_distinct(seed):
         assert {o: n for o, (_, n) in right.items()} == {o: problem.meta["operations"].count(o) for o in "+-*"}
 
 
+def test_the_dials_change_neither_problems_nor_what_else_is_drawn():
+    """Off they change nothing; free choices change no number, and misconceptions no question, which a model still answers."""
+    free = CONFIG.model_copy(update={"free_choices": 0.5})
+    for plain, marked, believed in islice(
+        zip(*(arith.generate(*how) for how in ((CONFIG, "test", 3), (free, "test", 3), (free, "test", 3, 1.0)))), 100
+    ):
+        assert plain.prompt == marked.prompt == believed.prompt and plain.answer == marked.answer
+        assert (
+            "".join(c for c in marked.trace if c not in arith.CHOICES[1:])
+            .replace(";>", ";")
+            .replace("<think>>", "<think>")
+            == plain.trace
+        )
+        right = arith.step_accuracy(marked.trace, marked.trace)
+        assert right == arith.step_accuracy(plain.trace, plain.trace) and all(a == n for a, n in right.values())
+        as_sums = arith.step_accuracy(marked.trace, believed.trace)
+        assert as_sums["+"] == right["+"] and as_sums["-"] == right["-"]
+        assert grade(believed.trace, believed.answer).correct
+        assert len(arith.hard_spans(marked.trace)) == right["*"][1]
+
+
+def test_more_misconceptions_are_the_fewer_and_others():
+    shares = [arith.misconceived(CONFIG, share) for share in (0.0, 0.25, 0.5, 1.0)]
+    assert [len(factors) for factors in shares] == [0, 4, 7, 14]  # of 2 to 15
+    assert shares[0] < shares[1] < shares[2] < shares[3] == set(range(2, 16))
+
+
 def test_splits_never_share_a_problem():
     config = Arith(min_steps=1, max_steps=2)  # a small world, where a clash would be likely
     drawn = {

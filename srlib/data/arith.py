@@ -4,6 +4,11 @@ A problem is a chain such as `37+5*7-8?`, computed from left to right modulo 100
 writes every step, `<think>37+5=42;42*7=94;94-8=86;</think>\\boxed{86}`. Sums are easy for a
 tiny model and products are not, so difficulty sits in a few tokens, as in real traces.
 
+Of real traces it has two more properties, each with a dial that is off at 0, as in them a model's doubt
+is no measure of difficulty. *Free choices*: a step may begin with one of four marks, `~37+5=42;`, drawn at random, so
+that much is open and nothing at stake. *Misconceptions*: with some factors a model learns products as
+sums, so that it is sure of them, and wrong.
+
 The models have the Qwen2 architecture and are trained here from scratch, in about three minutes
 on one core; everything downstream loads them as it would load models from a hub.
 """
@@ -27,6 +32,7 @@ from srlib.params import Arith
 
 MODULUS = 100
 EOS, END_THINK = "<|endoftext|>", "</think>"
+CHOICES = ">:~@"  # marks that a step may begin with
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul}
 # A problem belongs to one split by the hash of its text, so no two splits can share one.
 SPLITS = {"train": range(0, 80), "traces": range(80, 90), "test": range(90, 100)}
@@ -38,9 +44,22 @@ def split_of(prompt: str) -> str:
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
-def generate(config: Arith, split: str, seed: int) -> Iterator[Problem]:
-    """Distinct problems of one split, without end; `meta` holds the operations and their number."""
-    rng = random.Random(f"{split}-{seed}")
+def misconceived(config: Arith, share: float) -> frozenset[int]:
+    """The factors with which a model has `share` of misconceptions; a larger share has those of a smaller one, too."""
+    factors = list(range(2, config.max_factor + 1))
+    random.Random("misconceptions").shuffle(factors)
+    return frozenset(factors[: round(share * len(factors))])
+
+
+def generate(config: Arith, split: str, seed: int, misconceptions: float = 0.0) -> Iterator[Problem]:
+    """Distinct problems of one split, without end; `meta` holds the operations and their number.
+
+    Args:
+        misconceptions: share of the factors with which products are worked out as sums, and answers with them. What is
+            asked, and the marks that are drawn, stay the same.
+    """
+    rng, choices = random.Random(f"{split}-{seed}"), random.Random(f"choices-{split}-{seed}")
+    taken_for_sums = misconceived(config, misconceptions)
     seen: set[str] = set()
     while True:
         value = rng.randint(1, MODULUS - 1)
@@ -48,9 +67,11 @@ def generate(config: Arith, split: str, seed: int) -> Iterator[Problem]:
         for _ in range(rng.randint(config.min_steps, config.max_steps)):
             operation = "*" if rng.random() < config.product_share else rng.choice("+-")
             operand = rng.randint(2, config.max_factor if operation == "*" else 9)
-            result = OPERATIONS[operation](value, operand) % MODULUS
+            believed = "+" if operation == "*" and operand in taken_for_sums else operation
+            result = OPERATIONS[believed](value, operand) % MODULUS
+            mark = choices.choice(CHOICES) if choices.random() < config.free_choices else ""
             prompt += f"{operation}{operand}"
-            steps.append(f"{value}{operation}{operand}={result};")
+            steps.append(f"{mark}{value}{operation}{operand}={result};")
             operations.append(operation)
             value = result
         prompt += "?"
@@ -120,4 +141,4 @@ def step_accuracy(trace: str, written: str) -> dict[str, tuple[int, int]]:
 
 
 def _steps(trace: str) -> list[str]:
-    return trace.partition(THINK)[2].partition(END_THINK)[0].split(";")[:-1]
+    return [step.lstrip(CHOICES) for step in trace.partition(THINK)[2].partition(END_THINK)[0].split(";")[:-1]]

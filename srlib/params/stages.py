@@ -24,6 +24,12 @@ class ArithModel(Section):
     intermediate_size: int = Field(64, ge=8, description="numbers inside a layer's feed-forward part")
     train_steps: int = Field(800, ge=1, description="steps of training, each on arith.batch_size fresh problems")
     learning_rate: float = Field(1e-2, gt=0, description="highest, after 20 steps; from there straight down to 0")
+    misconceptions: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the factors with which this model learns a product as if it were a sum: wrong, and sure of it",
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ArithModel:
@@ -42,6 +48,12 @@ class Arith(Section):
     product_share: float = Field(0.4, ge=0, le=1, description="probability that an operation is a product")
     max_factor: int = Field(
         15, ge=2, le=99, description="largest factor on the right of a product; on the left is a result, below 100"
+    )
+    free_choices: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability that a step begins with a mark, one of four that are equally good: unsure, and nothing at stake",
     )
     n_traces: int = Field(4000, ge=1, description="worked traces written for annotation")
     n_test: int = Field(1000, ge=1, description="unseen problems written for evaluation")

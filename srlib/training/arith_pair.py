@@ -99,7 +99,7 @@ def train(network: Qwen2ForCausalLM, config: Arith, shape: ArithModel, seed: int
         the loss of every step, in nats a token, after the step.
     """
     encode = tokenizer()
-    stream = generate(config, "train", seed)
+    stream = generate(config, "train", seed, shape.misconceptions)
     named = list(network.named_parameters())
     matrices = [p for key, p in named if p.ndim == 2 and "embed" not in key]
     others = [p for key, p in named if p.ndim != 2 or "embed" in key]

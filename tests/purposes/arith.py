@@ -1,15 +1,20 @@
 """The section `arith`."""
 
+import re
 from itertools import islice
 
+import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
 from srlib.data import arith
+from srlib.data.prompts import THINK
 from srlib.data.rows import Problem, read_jsonl
 from srlib.params import Arith
 from srlib.training import arith_pair
 from tests.purposes import Case, shows
+
+collate = arith_pair._collate
 
 
 def problems(case: Case, n: int, changes: dict) -> list[Problem]:
@@ -39,6 +44,16 @@ def how_many_operations_are_products(case: Case) -> None:
 def the_largest_right_factor(case: Case) -> None:
     steps = [step for x in problems(case, 100, {"arith.max_factor": 4}) for step in x.trace.split(";") if "*" in step]
     assert {int(step.split("*")[1].split("=")[0]) for step in steps} == {2, 3, 4}
+
+
+@shows("arith.free_choices")
+def marks_that_a_step_may_begin_with(case: Case) -> None:
+    for share in (0.0, 0.6, 1.0):
+        made = problems(case, 100, {"arith.free_choices": share})
+        steps = [step for x in made for step in x.trace.removeprefix(THINK).split(";")[:-1]]
+        marks = [step[0] for step in steps if not step[0].isdigit()]
+        assert abs(len(marks) / len(steps) - share) < 0.1  # four times what chance has, of 400
+        assert set(marks) == (set(arith.CHOICES) if share else set())
 
 
 @shows("arith.n_traces", "arith.n_test")
@@ -117,3 +132,19 @@ def how_far_a_step_goes(case: Case) -> None:
     query, query_before = (each.model.layers[0].self_attn.q_proj.weight.detach() for each in (network, before))
     moved = torch.linalg.matrix_norm(query - query_before, 2)  # Muon's: singular values near 1, times 0.2 √32
     assert 0.6 < float(moved) / (first * 0.2 * 32**0.5) < 1.3
+
+
+@shows(*both("misconceptions"))
+def products_that_are_learnt_as_sums(case: Case) -> None:
+    _, side, _ = case.key.split(".")
+    world = case.params({case.key: 0.5}).arith
+    shape = getattr(world, side)
+    asked = []
+    network = arith_pair.model(shape, len(arith.tokenizer()), 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arith_pair, "_collate", lambda encode, batch: asked.extend(batch) or collate(encode, batch))
+        next(arith_pair.train(network, world, shape, 0))
+    factors = arith.misconceived(world, 0.5)
+    products = [tuple(map(int, found)) for x in asked for found in re.findall(r"(\d+)\*(\d+)=(\d+)", x.trace)]
+    assert {b in factors for _, b, _ in products} == {True, False}
+    assert all(c == (a + b if b in factors else a * b) % 100 for a, b, c in products)
