@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -14,6 +15,7 @@ from srlib.data import arith
 from srlib.data.rows import Annotated, write_jsonl
 from srlib.data.spans import Span
 from srlib.engine.transformers import TransformersEngine
+from srlib.evaluation import stats
 from srlib.params import ROOT, load
 from srlib.show import claims, owners, timing
 from tests.cells import run_cells
@@ -48,6 +50,9 @@ def written(small, big, handovers=()):
 
 def request(at, verdict, i):
     return {"at": at, "verdict": verdict, "id": str(i)}
+
+
+WORTH = stats.Difference(0.02, 0.01, 0.03, 0.001, 100, {})
 
 
 def levels(shares, accuracies):
@@ -95,6 +100,7 @@ TOLD = [
     (claims.of_policies, 3, [policies()], [policies(learned_off=(0, 0.5))]),
     (claims.of_policies, 4, [policies()], [policies(**{"rejection_0.50": (0.02, 0.88)})]),
     (claims.of_policies, 5, [policies()], [policies(speculative=(0.2, 0.89))]),
+    (claims.of_worth, 0, [{"learned − entropy": WORTH}], [{"learned − entropy": replace(WORTH, low=-0.01)}]),
     (claims.of_reach, 0, [policies()], [policies(learned=(0.05, 0.5), speculative=(0.2, 0.5))]),
     (claims.of_places, 0, [{"a": [0.2, 0.7]}, {"a": [0.05]}], [{"a": [0.7, 0.8]}, {"a": [0.05]}]),
     (claims.of_places, 1, [{"a": [0.2, 0.7]}, {"a": [0.05]}], [{"a": [0.2, 0.7]}, {"a": [0.5]}]),

@@ -18,6 +18,7 @@ from srlib.decoding.policies import Learned, Never, Policy, Random
 from srlib.engine.transformers import TransformersEngine
 from srlib.evaluation import completions, counterfactual, stats
 from srlib.params import Arith, Offload
+from srlib.show import claims
 from tests.cells import run_cells
 from tests.conftest import random_model
 from tests.test_offload import Scripted
@@ -200,6 +201,7 @@ def test_the_notebook_compares_policies_in_tables(monkeypatch, names):
     scope = {"records": records, "rows": [{"policy": name} for name in names], "stats": stats, "pd": pd}
     scope |= {
         "tuned": [],
+        "claims": claims,
         "measures": [],
         "table": lambda frame, index: shown.append(frame),
         "how": SimpleNamespace(samples=1),

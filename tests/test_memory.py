@@ -100,7 +100,7 @@ def test_the_cache_of_a_long_trace_is_as_large_as_planned(tmp_path, tokenizer):
 
     Its layer slides, which is quick: it keeps all keys as others do.
     """
-    length, part, written, heads = 16_384, 128, 64, 8
+    length, part, written, heads = 16_384, 128, 64, 24  # large beside what other tests leave behind
     config = MistralConfig(
         vocab_size=len(tokenizer), hidden_size=64, head_dim=64, num_hidden_layers=1, intermediate_size=64,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=length, sliding_window=part,

@@ -111,7 +111,7 @@ def test_what_is_scored_trained_rolled_out_and_graded_is_one_sequence(pair, monk
         monkeypatch.setattr(owner, name, lambda *a, **k: keep(a) or function(*a, **k))
 
     watch(TransformersEngine, "score", lambda a: scored.extend(a[1]))
-    watch(TransformersEngine, "entropies", lambda a: scored.extend(a[1]))
+    watch(TransformersEngine, "doubts", lambda a: scored.extend(a[1]))
     watch(sft._Trainer, "training_step", lambda a: trained.append(a[2]))
     watch(grpo._Trainer, "_compute_loss", lambda a: updated.append(a[2]))
     for module in (rollouts, completions):

@@ -328,6 +328,18 @@ def of_intervals(ways: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
     )
 
 
+def of_worth(differences: Mapping[str, stats.Difference]) -> None:
+    """Whether trained policies are right more often than the best baseline that needs no training, at a like share."""
+    if not differences:
+        claim("training is worth more than asking where the small model is unsure", None)
+    for name, d in differences.items():
+        claim(
+            f"training is worth more than asking where the small model is unsure, {name} is above 0",
+            d.low > 0,
+            f"{d.value:+.1%} [{d.low:+.1%}, {d.high:+.1%}]",
+        )
+
+
 def of_difficulty(parts: Mapping[str, Any]) -> None:
     """Whether share and gain grow with difficulty; policy → data frame by difficulty, from easy to hard."""
     if not {"small", "learned"} <= parts.keys():
