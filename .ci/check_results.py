@@ -172,7 +172,7 @@ def _untrained(rows: Mapping[str, Row]) -> Iterator[Claim]:
     yield Claim("The best of these is above random offloading at its share", gain.low > 0, f"{best['policy']}: {gain}")
     ahead = difference(best, learned)
     yield Claim(
-        "**In this world it is no worse than the learned policy**, which its training gains nothing over",
+        "**In this world it is no worse than the learned policy: here training gains nothing over it**",
         ahead.high >= 0,
         f"{ahead}: {at_share(best)}, learned {at_share(learned)}",
     )
