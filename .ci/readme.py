@@ -17,8 +17,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import yaml
-from check_results import accuracy, at_share, claims, percent, points
+from check_results import claims
 from scipy import stats
+
+from srlib.evaluation.claims import UNTRAINED, accuracy, at_share, percent, points
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
@@ -97,6 +99,7 @@ def setting(row: Kept, *, greedy: bool = False) -> str:
 def caption() -> str:
     rows = results()
     greedy = read("manifest.json")["stages"]["05_evaluate"]["parameters"]["offload"]["temperature"] == 0
+    untrained = max((rows[name] for name in UNTRAINED), key=lambda row: row["accuracy"])
     made = list(claims(rows))
     failed = sum(not claim.holds for claim in made)
     return (
@@ -105,6 +108,8 @@ def caption() -> str:
         f"both together, by the learned policy, on {accuracy(rows['learned'])}, "
         f"with {percent(rows['learned']['offload_share'])} of the tokens written by the big one; "
         f"with random offloading at that share on {accuracy(rows['random_matched'])}. "
+        f"In this world it takes no training to know where to ask: where the small model is unsure, by its "
+        f"{untrained['policy']}, it is {at_share(untrained)}. "
         f"{'All' if not failed else f'All but {failed}'} of the {len(made)} claims [below](#what-it-shows) hold here. "
         "All figures: [results.json](outputs/reference/results.json).*"
     )

@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on(copy):
 def test_an_interrupted_run_is_stopped_and_goes_on(tmp_path):
     """SIGINT, as Ctrl-C sends it, in a cell of a stage: one model is trained, the other is not."""
     settings = ["params/smoke.yaml", "--set", f"outputs={tmp_path}", "--until", "00_arith_pair"]
-    settings += ["--set", "arith.big.train_steps=300"]
+    settings += ["--set", "arith.big.train_steps=120"]
     run = tmp_path / "smoke"
     executed, manifest = run / "00_arith_pair" / "00_arith_pair.ipynb", run / "manifest.json"
 

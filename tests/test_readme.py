@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from srlib.evaluation.claims import difference
 from srlib.params import ROOT
 
 
@@ -178,18 +179,21 @@ BROKEN = {
     "The small one alone": {"small": {"accuracy": 0.41}},
     "The learned policy hands over": {"learned": {"offload_share": 0.081}},
     "It keeps at least": {"learned": {"accuracy": 0.7}},
-    "It is at least 30 points above": {"random_matched": {"accuracy": 0.65, "ci95": [0.63, 0.67]}},
+    "It is at least 30 points above": {"random_matched": {"accuracy": 0.65}},
     "Random offloading hands over no less": {"random_matched": {"offload_share": 0.05}},
     "What random offloading buys": {"random_0.10": {"accuracy": 0.6, "ci95": [0.58, 0.62]}},
     "With nobody answering": {"learned_off": {"accuracy": 0.1, "ci95": [0.088, 0.114]}},
     "Refusing its requests": {"rejection_0.50": {"accuracy": 0.7, "ci95": [0.68, 0.72]}},
     "Reinforcement loses no accuracy": {"grpo": {"accuracy": 0.85, "ci95": [0.834, 0.865]}},
     "Reinforced, it is above": {"grpo": {"accuracy": 0.39, "ci95": [0.37, 0.41]}},
+    "The learned policy goes": {"learned": {"accuracy": 0.5, "ci95": [0.48, 0.52]}},
+    "It is right more often": {"random_matched": {"accuracy": 0.94, "ci95": [0.93, 0.95]}},
+    "Speculative decoding": {"speculative": {"accuracy": 0.5}},
     "Asking where the": {"margin": {"offload_share": 0.12}},
     "The best of these": {
         name: {"accuracy": 0.38, "ci95": [0.36, 0.4]} for name in ("entropy", "margin", "confidence")
     },
-    "**In this world": {name: {"accuracy": 0.8, "ci95": [0.78, 0.82]} for name in ("entropy", "margin", "confidence")},
+    "**It is no worse": {name: {"accuracy": 0.8, "ci95": [0.78, 0.82]} for name in ("entropy", "margin", "confidence")},
     "No model processes": {"learned": {"big_forward_tokens": 70_000}},
 }
 
@@ -207,7 +211,7 @@ def test_every_claim_can_fail(readme):
         readme.main(check=False)
         made = (readme.ROOT / "README.md").read_text()
         assert f"{claim.words}: **does not hold here** · {claim.found}" in made
-        assert re.search(r"All but \d of the 16 claims", made)
+        assert re.search(r"All but \d of the 19 claims", made)
         checked = [sys.executable, ROOT / ".ci" / "check_results.py", path]
         if words == "With nobody answering":
             assert subprocess.run(checked, capture_output=True).returncode == 1
@@ -219,7 +223,6 @@ def test_every_claim_can_fail(readme):
 
 def test_the_difference_of_two_intervals_is_newcombes(readme):
     """His table II, example (a): 56/70 − 48/80, 0.0524 to 0.3339."""
-    from check_results import difference
     from scipy.stats import binomtest
 
     def row(right, n):

@@ -16,6 +16,7 @@ import numpy as np
 from srlib import visible
 from srlib.data import arith
 from srlib.data.spans import Span
+from srlib.evaluation import claims as policies
 from srlib.evaluation import stats
 
 Row = Mapping[str, Any]
@@ -232,56 +233,10 @@ def of_reinforcement(log: Sequence[Row]) -> None:
 
 
 def of_policies(rows: Sequence[Row]) -> None:
-    """What the main figure shows of random offloading, the learned policy, its control, and refusals."""
-    by = {row["policy"]: row for row in rows}
-    small, big, learned, off = (by.get(name) for name in ("small", "big", "learned", "learned_off"))
-    lots = sorted((row for row in rows if row["policy"].startswith("random")), key=lambda row: row["offload_share"])
-    if small and big and lots:
-        way = big["accuracy"] - small["accuracy"]
-        line = [(row, small["accuracy"] + row["offload_share"] * way) for row in lots]
-        claim(
-            "random offloading buys less than in proportion: at each share it lies below the straight line "
-            "from the small model to the big one",
-            all(row["accuracy"] < straight for row, straight in line) if way > 0 else None,
-            "; ".join(f"at {r['offload_share']:.1%} {r['accuracy']:.1%}, the line {s:.1%}" for r, s in line),
-        )
-    if small and big and learned:
-        way, gone = big["accuracy"] - small["accuracy"], learned["accuracy"] - small["accuracy"]
-        claim(
-            "the learned policy goes most of the way from the small model to the big one, "
-            "with less than a tenth of the tokens",
-            gone > way / 2 and learned["offload_share"] < 0.1 if way > 0 and learned["offload_share"] else None,
-            f"{small['accuracy']:.1%} → {learned['accuracy']:.1%} → {big['accuracy']:.1%}, "
-            f"at {learned['offload_share']:.1%}",
-        )
-    if learned and (matched := by.get("random_matched")):
-        claim(
-            "at its share it is right more often than random, and their intervals do not meet",
-            learned["ci95"][0] > matched["ci95"][1],
-            f"{_accuracy(learned)} against {_accuracy(matched)}",
-        )
-    if small and off:
-        claim(
-            "with nobody answering it is no better than the small model: the gain is the big model's",
-            off["ci95"][0] <= small["accuracy"] + 1e-9,
-            f"{_accuracy(off)} against {_accuracy(small)}",
-        )
-    refused = [row for row in rows if row["policy"].startswith("rejection")]
-    if refused and learned and off:
-        curve = sorted((*refused, learned, off), key=lambda row: row["offload_share"])
-        asks = learned["offload_share"] > 0
-        claim(
-            "refusing requests leads down from the learned policy to its control: the less is handed over, "
-            "the less is right",
-            all(one["accuracy"] <= other["accuracy"] for one, other in pairwise(curve)) if asks else None,
-            ", ".join(f"{row['accuracy']:.1%} at {row['offload_share']:.1%}" for row in curve),
-        )
-    if big and (drafted := by.get("speculative")):
-        claim(
-            "speculative decoding is right exactly as often as the big model",
-            drafted["accuracy"] == big["accuracy"],
-            f"{_accuracy(drafted)} against {_accuracy(big)}",
-        )
+    """What the main figure shows of random offloading, trained policies, their controls, and untrained baselines."""
+    for words, holds, found in policies.of_policies({row["policy"]: row for row in rows}):
+        plain = words.replace("**", "")
+        claim(plain[0].lower() + plain[1:], holds, found)
 
 
 def of_reach(rows: Sequence[Row]) -> None:
@@ -294,11 +249,6 @@ def of_reach(rows: Sequence[Row]) -> None:
         bool(near) if bigs and mixed else None,
         ", ".join(f"{row['policy']} at {row['offload_share']:.1%}" for row in near),
     )
-
-
-def _accuracy(row: Row) -> str:
-    low, high = row["ci95"]
-    return f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def of_places(places: Mapping[str, Sequence[float]], shares: Mapping[str, Sequence[float]]) -> None:
