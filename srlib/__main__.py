@@ -153,6 +153,10 @@ def _plan(chosen: Namespace) -> int:
         from srlib.annotation import traces
 
         print(traces.foreseen(p, memory.contexts(p)))
+    if p.hardware.gpus:
+        from srlib.cost import hours
+
+        print(f"\n{hours.table(p)}")
     return 0 if all_fit else 1
 
 

@@ -528,6 +528,7 @@ class Hardware(Section):
 
     gpus: int = Field(0, ge=0, description="number of GPUs; 0: the CPU and its memory")
     gpu_gb: float = Field(24.0, gt=0, description="memory of one GPU, in GiB")
+    gpu: GpuName = Field("h100", description="the GPU whose data sheet `plan` takes hours from")
 
 
 def slots_for(batch_size: int, oversubscribe: float) -> int:

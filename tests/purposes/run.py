@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from srlib import SrlibError
-from srlib.cost import memory
+from srlib.cost import hours, memory
+from srlib.cost.costs import roofline
 from srlib.params import Params
 from srlib.run import pipeline
 from tests.purposes import Case, shows
@@ -63,3 +64,12 @@ def what_a_stage_may_use(case: Case) -> None:
     p = case.params({"hardware.gpus": 1, "hardware.gpu_gb": 0.5})
     with pytest.raises(SrlibError, match="are needed on cuda:0 .*, and there are 0.5"):
         memory.check(p, "04_offload")
+
+
+@shows("hardware.gpu")
+def whose_data_sheet_hours_come_from(case: Case) -> None:
+    p = case.params({"hardware.gpus": 1, "hardware.gpu": "a6000"})
+    assert hours.cost(p, memory.models(p, "04_offload")["big"]).token == pytest.approx(
+        roofline("a6000", memory.models(p, "04_offload")["big"].shape).token
+    )
+    assert "1 × a6000" in hours.table(p)
