@@ -14,8 +14,12 @@ from srlib.data.spans import Span
 from srlib.decoding import policies, scheduler
 from srlib.engine.models import load_model
 from srlib.params import ModelSpec, Params, Sft
+from srlib.show import claims, figures
 from srlib.training import grpo, sft
+from tests.cells import run_cells
 from tests.conftest import small_on_disk
+
+losses = figures.losses
 
 
 def annotated(n):
@@ -261,3 +265,18 @@ def test_errors(saved, tmp_path):
         sft.train(spec, plain, Sft(), 0, tmp_path)
     with pytest.raises(SrlibError, match="sft.max_length is 16, but the shortest trace has"):
         sft.train(spec, annotated(4), Sft(max_length=16), 0, tmp_path)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_notebook_draws_the_loss_of_what_is_held_out(tmp_path, held_out, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        figures, "losses", lambda curves, steps: (drawn.append((curves, steps)), losses(curves, steps))[1]
+    )
+    log = [{"step": step, "epoch": step / 9, "loss": 3 / step, "grad_norm": 1.0} for step in (1, 2, 3, 4)]
+    log += [{"step": step, "epoch": step / 9, "eval_loss": 4 / step} for step in (2, 4)] if held_out else []
+    run_cells("02_sft", {"log": log, "folder": tmp_path, "claims": claims}, "figures.losses")
+    ((curves, steps),) = drawn
+    assert [*curves.values()] == [[3, 1.5, 1, 0.75], *([[2, 1]] if held_out else [])]
+    assert [*steps.values()] == [[1, 2, 3, 4], *([[2, 4]] if held_out else [])]
+    assert (tmp_path / "loss.png").stat().st_size

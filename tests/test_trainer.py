@@ -11,6 +11,7 @@ import pytest
 from transformers.integrations import integration_utils
 
 from srlib import SrlibError
+from srlib.data import digests
 from srlib.params import load
 from srlib.run import pipeline
 from srlib.run.stages import STAGES, require
@@ -139,3 +140,13 @@ def test_what_can_be_passed_on_is(tmp_path):
     p = load("params/smoke.yaml", **{"outputs": str(tmp_path), "sft.lora": {"use_rslora": True}, **changes})
     for stage in ("02_sft", "03_grpo"):
         require(p, stage, [*STAGES])
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_what_a_tracker_keeps_is_no_part_of_what_a_stage_made(tmp_path, tracker):
+    """`wandb sync` leaves a mark beside a run: the stage would look damaged."""
+    (tmp_path / "log.json").write_text("[]")
+    made = digests.of_path(tmp_path)
+    (tmp_path / tracker).mkdir()
+    (tmp_path / tracker / "run.synced").touch()
+    assert digests.of_path(tmp_path) == made
