@@ -16,7 +16,7 @@ from srlib.data.rows import Annotated, write_jsonl
 from srlib.data.spans import Span
 from srlib.engine.transformers import TransformersEngine
 from srlib.evaluation import stats
-from srlib.params import ROOT, load
+from srlib.params import ROOT, Sft, load
 from srlib.show import claims, owners, timing
 from tests.cells import run_cells
 
@@ -307,3 +307,14 @@ def test_no_sentence_tells_a_result_that_is_not_computed(name):
         if "**What to look for" in text:
             code = [source for k, source in WORDS[name][place + 1 : place + 4] if k == "code"]
             assert any(re.search(r"\b(claims|timing)\.(of_\w+|claim)\(|agree\(", source) for source in code), text
+
+
+def test_a_policy_that_never_asks_is_warned_of(capsys):
+    """With what to try; one request in any trace is enough for none."""
+    learnt, config = [SimpleNamespace(spans=[Span(0, 1), Span(2, 3)])] * 64, Sft(epochs=2, learning_rate=2e-4)
+    claims.warn_if_silent([[], [Span(0, 1)], []], learnt, config)
+    assert not capsys.readouterr().out
+    claims.warn_if_silent([[]] * 32, learnt, config)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: the tuned model asks in none of 32 traces")
+    assert "sft.epochs, now 2)" in line and "sft.learning_rate, now 0.0002" in line and "128 spans in 64 traces" in line

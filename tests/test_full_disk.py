@@ -19,8 +19,8 @@ from srlib.engine.adapters import write_adapter
 from srlib.params import load
 from srlib.run import locks, pipeline, sweep
 from srlib.run.manifest import Manifest
-from srlib.training.grpo import _taken_up
 from srlib.training.rollouts import Rollouts
+from srlib.training.trainer import step_of, taken_up
 
 FULL = OSError(28, "No space left on device")
 
@@ -87,10 +87,10 @@ def test_a_checkpoint_that_was_not_finished_is_not_taken_up(tmp_path, kept):
     samples = tmp_path / "samples.jsonl"
     lines = [json.dumps({"step": step, "text": "é"}) + "\n" for step in range(3)]
     samples.write_text("".join(lines) + lines[0][:9])  # torn
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(wait_for_everyone=lambda: None, is_main_process=True))
-    rollouts = SimpleNamespace(samples=samples)
-    rollouts.forget_from = lambda step: Rollouts.forget_from(rollouts, step)
-    assert _taken_up(trainer, rollouts, tmp_path) == str(tmp_path / "trainer" / "checkpoint-1")
+    alone = SimpleNamespace(wait_for_everyone=lambda: None, is_main_process=True)
+    checkpoint = taken_up(SimpleNamespace(accelerator=alone, args=SimpleNamespace(output_dir=tmp_path / "trainer")))
+    assert checkpoint == tmp_path / "trainer" / "checkpoint-1"
+    Rollouts.forget_from(SimpleNamespace(samples=samples), step_of(checkpoint))
     assert samples.read_text() == lines[0]
     assert not (tmp_path / "trainer" / "checkpoint-2").exists()
 

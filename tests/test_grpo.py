@@ -216,6 +216,30 @@ def test_a_killed_training_is_taken_up(tuned, big, problems, tmp_path, monkeypat
     assert {s["step"] for s in samples} == {0, 1} and "lost" not in {s["text"] for s in samples}
 
 
+def test_a_training_that_is_killed_behind_its_last_step_only_writes_what_it_made(
+    tuned, big, problems, tmp_path, monkeypatch
+):
+    """Its checkpoint is of the last step, which lies within an epoch; no other step is taken."""
+
+    class Killed(BaseException):
+        pass
+
+    def stop(*arguments):
+        raise Killed
+
+    whole = grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(grpo, "save", stop)
+        grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "cut")
+    log = grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "cut")
+    assert [(r["step"], r["reward"]) for r in log] == [(r["step"], r["reward"]) for r in whole]
+    kept = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert kept[0] == kept[1]
+    samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("cut", "whole")]
+    assert samples[0] == samples[1]
+    assert not (tmp_path / "cut" / "trainer").exists()
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("tags", ["token", "plain"])
 @pytest.mark.parametrize("tied", [True, False])

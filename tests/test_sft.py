@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from srlib import SrlibError, engine
 from srlib.cost.latency import pair_speed
@@ -13,8 +14,12 @@ from srlib.data.spans import Span
 from srlib.decoding import policies, scheduler
 from srlib.engine.models import load_model
 from srlib.params import ModelSpec, Params, Sft
+from srlib.show import claims, figures
 from srlib.training import grpo, sft
+from tests.cells import run_cells
 from tests.conftest import small_on_disk
+
+losses = figures.losses
 
 
 def annotated(n):
@@ -27,6 +32,11 @@ def annotated(n):
         )
         for i in range(n)
     ]
+
+
+def numbered(n):
+    """`annotated`, with a prompt of its own for each."""
+    return [row.model_copy(update={"prompt": f"{i}*{i}+1?", "id": str(i)}) for i, row in enumerate(annotated(n))]
 
 
 @pytest.fixture
@@ -107,6 +117,80 @@ def test_same_seed_same_adapter(saved, tmp_path):
     assert not (tmp_path / "a" / "trainer").exists()
 
 
+def test_a_killed_training_is_taken_up(saved, tmp_path, monkeypatch):
+    """Killed before its first checkpoint, within an epoch, and before its adapter was written: it ends the same, to the bit."""
+    spec, rows = saved(True), numbered(16)
+    # 104 steps, the last within an epoch, of which every second is logged; what is dropped is drawn anew at each step
+    config = Sft(epochs=34.5, batch_size=4, n_validation=4, save_steps=15, lora={"lora_dropout": 0.2})
+    seen, step = [], sft._Trainer.training_step
+
+    class Killed(BaseException):
+        pass
+
+    def train(folder, killed_at):
+        def stepping(self, *arguments):
+            seen.append(self.state.global_step)
+            if self.state.global_step == killed_at:
+                raise Killed
+            return step(self, *arguments)
+
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(sft._Trainer, "training_step", stepping)
+            if killed_at == 104:
+                patch.setattr(sft, "save", stop)
+            return sft.train(spec, rows, config, 5, tmp_path / folder)
+
+    def stop(*arguments):
+        raise Killed
+
+    def left(folder):
+        return {f.name: f.read_bytes() for f in (tmp_path / folder / "adapter").iterdir()}
+
+    def counted(log):
+        return [{**record, "num_tokens": 0} for record in log]  # which TRL counts from where it is taken up
+
+    log = train("whole", None)
+    assert len([record for record in log if "loss" in record]) == 52
+    for killed_at, again_at in ((9, 0), (43, 32), (104, None)):
+        name = str(killed_at)
+        with pytest.raises(Killed):
+            train(name, killed_at)
+        assert not (tmp_path / name / "adapter").exists()
+        broken = tmp_path / name / "trainer" / "checkpoint-1000"  # which it was writing
+        broken.mkdir(parents=True)
+        assert counted(train(name, None)) == counted(log)
+        assert next(iter(seen), None) == again_at, "it goes on at the last checkpoint"
+        assert left(name) == left("whole")
+        assert sorted(f.name for f in (tmp_path / name).iterdir()) == ["adapter", "log.json"]
+
+
+def test_traces_are_held_out(saved, tmp_path, monkeypatch):
+    """They are not trained on, drawn by the seed, and what is logged is their loss."""
+    spec, rows, trainers = saved(True), numbered(20), []
+    init = sft._Trainer.__init__
+    monkeypatch.setattr(sft._Trainer, "__init__", lambda self, **named: (trainers.append(self), init(self, **named))[1])
+    config = Sft(epochs=3, batch_size=4, n_validation=6)
+    log = sft.train(spec, rows, config, 5, tmp_path)
+    assert json.loads((tmp_path / "log.json").read_text()) == log
+    model, tokenizer = load_model(spec.model_copy(update={"adapter": str(tmp_path / "adapter")}))
+    every = [sft.example(tokenizer, row) for row in rows]
+    taught, held = (list(getattr(trainers[0], name)["input_ids"]) for name in ("train_dataset", "eval_dataset"))
+    assert len(held) == 6 and sorted(taught + held) == sorted(each["input_ids"] for each in every)
+    assert sft.split(every, 6, 5) == sft.split(every, 6, 5) != sft.split(every, 6, 6)
+    losses = []
+    for at in (0, 4):  # a batch's loss counts as often as it has traces
+        some = [each for ids in held[at : at + 4] for each in every if each["input_ids"] == ids]
+        batch = DataCollatorForLanguageModeling(tokenizer.pad_token_id)(some)
+        with torch.no_grad():
+            losses += [model(**batch).loss.item()] * len(some)
+    records = [record for record in log if "eval_loss" in record]
+    assert records[-1]["eval_loss"] == pytest.approx(sum(losses) / 6, abs=1e-4)
+    assert records[-1]["step"] == log[len(log) - len(records) - 1]["step"] == 12
+    with pytest.raises(SrlibError, match="sft.n_validation is 20, but there are 20 traces to train on"):
+        sft.train(spec, rows, config.model_copy(update={"n_validation": 20}), 5, tmp_path)
+
+
 def test_an_adapter_that_is_given_stays(saved, tmp_path):
     """Stage 02 trains on base and adapter together, and what it leaves is loaded as it was in memory."""
     spec = saved(True)
@@ -181,3 +265,18 @@ def test_errors(saved, tmp_path):
         sft.train(spec, plain, Sft(), 0, tmp_path)
     with pytest.raises(SrlibError, match="sft.max_length is 16, but the shortest trace has"):
         sft.train(spec, annotated(4), Sft(max_length=16), 0, tmp_path)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_notebook_draws_the_loss_of_what_is_held_out(tmp_path, held_out, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        figures, "losses", lambda curves, steps: (drawn.append((curves, steps)), losses(curves, steps))[1]
+    )
+    log = [{"step": step, "epoch": step / 9, "loss": 3 / step, "grad_norm": 1.0} for step in (1, 2, 3, 4)]
+    log += [{"step": step, "epoch": step / 9, "eval_loss": 4 / step} for step in (2, 4)] if held_out else []
+    run_cells("02_sft", {"log": log, "folder": tmp_path, "claims": claims}, "figures.losses")
+    ((curves, steps),) = drawn
+    assert [*curves.values()] == [[3, 1.5, 1, 0.75], *([[2, 1]] if held_out else [])]
+    assert [*steps.values()] == [[1, 2, 3, 4], *([[2, 4]] if held_out else [])]
+    assert (tmp_path / "loss.png").stat().st_size

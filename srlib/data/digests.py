@@ -10,7 +10,8 @@ from typing import Any
 from srlib.params import ModelSpec
 from srlib.params.paths import find
 
-IGNORED = {".ipynb_checkpoints", "merged"}  # folders; vLLM serves an adapter merged into its model
+# Folders: copies by hand, an adapter that vLLM serves merged into its model, and what trackers keep and may add to.
+IGNORED = {".ipynb_checkpoints", "merged", "tensorboard", "wandb"}
 
 
 def of(value: Any, digits: int = 16) -> str:

@@ -261,6 +261,23 @@ class Sft(Section):
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="part of the steps in which the learning rate rises")
     max_length: int = Field(1024, ge=16, description="most tokens of a prompt and its trace; longer ones are left out")
+    n_validation: int = Field(
+        0, ge=0, description="annotated traces held out, whose loss is taken each time that of training is logged"
+    )
+    save_steps: int = Field(
+        50,
+        ge=1,
+        description="steps between checkpoints, at a step whose loss is logged; the last is kept, for a killed run",
+    )
+    report_to: str = Field(
+        "none",
+        description="tracker that is told the log, such as tensorboard (in the stage's folder), wandb, trackio: what "
+        "transformers' report_to takes; each is a package of its own",
+    )
+    trainer: dict[str, Anything] = Field(
+        {}, description="more arguments of TRL's SFTConfig, such as {weight_decay: 0.01}"
+    )
+    lora: dict[str, Anything] = Field({}, description="more arguments of PEFT's LoraConfig, such as {use_dora: true}")
     n_watch: int = Field(256, ge=1, description="unseen problems on which the tuned model is watched")
 
     @model_validator(mode="after")
@@ -363,6 +380,14 @@ class Grpo(Section):
         "group, any weight of it does the same; batch, none: it counts in proportion to its weight",
     )
     save_steps: int = Field(50, ge=1, description="steps between checkpoints, of which the last is kept")
+    report_to: str = Field(
+        "none",
+        description="tracker that is told the log, such as tensorboard (in the stage's folder), wandb, trackio: what "
+        "transformers' report_to takes; each is a package of its own",
+    )
+    trainer: dict[str, Anything] = Field(
+        {}, description="more arguments of TRL's GRPOConfig, such as {epsilon_high: 0.28}"
+    )
     sample_every: int = Field(10, ge=1, description="steps between completions kept in samples.jsonl")
 
     @model_validator(mode="after")

@@ -40,6 +40,7 @@ MOST: dict[str, Any] = {
     "arith.small.train_steps": 20, "arith.big.train_steps": 20,
     "annotate.n_traces": ROWS, "annotate.n_compare": 16, "annotate.batch_size": 8, "annotate.tries": 2,
     "sft.epochs": 1, "sft.batch_size": 8, "sft.gradient_accumulation_steps": 2, "sft.processes": 2, "sft.n_watch": 8,
+    "sft.n_validation": 8,
     "grpo.n_problems": 16, "grpo.max_steps": 2, "grpo.save_steps": 1, "grpo.sample_every": 1, "grpo.processes": 2,
     "grpo.num_generations": 4, "grpo.gradient_accumulation_steps": 2, "grpo.rollouts_at_once": 8,
     "grpo.vllm_kv_cache_gb": CACHE_GB, "pair.small.kv_cache_gb": CACHE_GB, "pair.big.kv_cache_gb": CACHE_GB,

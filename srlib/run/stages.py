@@ -110,7 +110,7 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
 
     Raises:
         SrlibError: something is missing or damaged; the sentence names it and the stage that makes it. Or vLLM
-            refuses a model's settings, or `base` names no stage.
+            refuses a model's settings, or a library those of a training, or `base` names no stage.
     """
     for name in p.base.stages if p.base else ():
         if name not in STAGES:
@@ -122,8 +122,21 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
             require_artefact(p, name, stage)
     try:
         _whole(*_others(p, stage, made_now))
+        _passed_on(p, stage)
     except SrlibError as error:
         raise SrlibError(f"{stage}: {error}") from None
+
+
+def _passed_on(p: Params, stage: str) -> None:
+    """Have the libraries check what a training passes on to them; where that is nothing they are not imported."""
+    if stage == "02_sft" and (p.sft.trainer or p.sft.lora or p.sft.report_to != "none"):
+        from srlib.training import sft
+
+        sft.check(p)
+    if stage == "03_grpo" and (p.grpo.trainer or p.grpo.report_to != "none"):
+        from srlib.training import grpo
+
+        grpo.check(p)
 
 
 def _others(p: Params, stage: str, made_now: Sequence[str]) -> list[ModelSpec]:

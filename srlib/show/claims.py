@@ -18,6 +18,7 @@ from srlib.data import arith
 from srlib.data.spans import Span
 from srlib.evaluation import claims as policies
 from srlib.evaluation import stats
+from srlib.params import Sft
 
 Row = Mapping[str, Any]
 Case = TypeVar("Case")
@@ -181,6 +182,25 @@ def of_finetuning(log: Sequence[Row]) -> None:
         soon > fall / 2 if fall > 0 else False,
         f"from {first['loss']:.3f} at step {first['step']} to {early[0]['loss']:.3f} at {early[0]['step']} "
         f"and {last['loss']:.3f} at {last['step']}",
+    )
+
+
+def warn_if_silent(found: Sequence[Sequence[Span]], learnt: Sequence[Any], sft: Sft) -> None:
+    """Print a warning, with what to try, where a tuned model asks in no trace.
+
+    Args:
+        found: the spans of each of its traces.
+        learnt: rows with `spans`: the traces it was to learn from.
+        sft: how it was trained.
+    """
+    if any(found):
+        return
+    spans = sum(len(row.spans) for row in learnt)
+    print(
+        f"warning: the tuned model asks in none of {len(found)} traces, so nothing would be handed over, and 03 would "
+        f"have nothing to reinforce: train it longer (sft.epochs, now {sft.epochs:g}), faster (sft.learning_rate, now "
+        f"{sft.learning_rate:g}), or on more than these {spans} spans in {len(learnt)} traces (annotate.n_traces; a lower "
+        "annotate.threshold)"
     )
 
 

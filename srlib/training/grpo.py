@@ -11,9 +11,7 @@ tags itself, and latency is only a target share. `rollout: self` is that recipe.
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,12 @@ import trl
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig, GRPOTrainer
 
 from srlib import SrlibError, engine
 from srlib.cost.latency import PairSpeed
 from srlib.data.problems import traces as load_traces
-from srlib.data.rows import Problem, read_json
+from srlib.data.rows import Problem
 from srlib.engine.adapters import ready_for_trl
 from srlib.engine.models import device_of, dtype_of, load_model
 from srlib.engine.protocol import Engine
@@ -36,7 +33,16 @@ from srlib.params import Grpo, ModelSpec, Offload, Params
 from srlib.training.launch import on_one_device
 from srlib.training.rewards import REWARDS, Rollout, Targets, weights
 from srlib.training.rollouts import Rollouts, Synchronised
-from srlib.training.sft import NoStepAtZero, save
+from srlib.training.trainer import (
+    NoStepAtZero,
+    check_tracker,
+    configured,
+    fit,
+    run_name,
+    save,
+    step_of,
+    taken_up,
+)
 
 # Inside of TRL: the adapter that the KL is measured with, and what has vLLM synchronised before each batch of rollouts.
 REFERENCE = "ref"
@@ -106,14 +112,17 @@ def train(
         rollouts.vllm = Synchronised(trainer, rollout_small, rollouts.offload.slots, folder / "rollouts")
         trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, rollouts.vllm, -1
     trainer.remove_callback(PrinterCallback)
-    checkpoint = _taken_up(trainer, rollouts, folder)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # at every checkpoint
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        finally:
-            if rollouts.vllm is not None:
-                rollouts.vllm.close()
+    checkpoint = taken_up(trainer)
+    if trainer.accelerator.is_main_process:
+        rollouts.forget_from(step_of(checkpoint))
+        if checkpoint:  # where it lies beside the adapter, the Trainer takes up the reference alone
+            shutil.rmtree(checkpoint / REFERENCE, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        fit(trainer, folder, checkpoint)
+    finally:
+        if rollouts.vllm is not None:
+            rollouts.vllm.close()
     log = [record for record in trainer.state.log_history if "reward" in record]
     save(trainer, log, folder)
     return log
@@ -138,7 +147,10 @@ def _check_privates(trainer: GRPOTrainer) -> None:
 
 def _arguments(tuned: ModelSpec, config: Grpo, offload: Offload, seed: int, folder: Path) -> GRPOConfig:
     """What TRL is told."""
-    return GRPOConfig(
+    return configured(
+        GRPOConfig,
+        "grpo.trainer",
+        config.trainer,
         output_dir=str(folder / "trainer"),
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size // config.processes // config.gradient_accumulation_steps,
@@ -159,32 +171,26 @@ def _arguments(tuned: ModelSpec, config: Grpo, offload: Offload, seed: int, fold
         use_cpu=device_of(tuned) == "cpu",
         logging_steps=1,
         save_steps=config.save_steps,
+        save_strategy="steps",
         save_total_limit=1,
-        report_to="none",
+        save_only_model=False,  # else none could be taken up
+        report_to=config.report_to,
+        run_name=run_name(folder),
+        use_vllm=False,  # the rollouts are srlib's own
         disable_tqdm=True,
         dataloader_pin_memory=False,
         seed=seed,
     )
 
 
-def _taken_up(trainer: GRPOTrainer, rollouts: Rollouts, folder: Path) -> str | None:
-    """The checkpoint that a killed run has left, if one is whole; what is not, or came after it, is dropped."""
-    found = {int(each.name.rpartition("-")[2]): each for each in (folder / "trainer").glob("checkpoint-*")}
-    whole = []
-    for each_step, each in found.items():
-        with suppress(SrlibError):  # it is not there, or torn
-            read_json(each / TRAINER_STATE_NAME, dict[str, Any])  # which is written last
-            whole.append(each_step)
-    step = max(whole, default=0)
-    trainer.accelerator.wait_for_everyone()  # until all have looked
-    if trainer.accelerator.is_main_process:
-        rollouts.forget_from(step)
-        for broken in found.keys() - set(whole):
-            shutil.rmtree(found[broken])
-        if step:  # where it lies beside the adapter, the Trainer takes up the reference alone
-            shutil.rmtree(found[step] / REFERENCE, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    return str(found[step]) if step else None
+def check(p: Params) -> None:
+    """Check all that is passed on to TRL and a tracker, on the CPU and without a model.
+
+    Raises:
+        SrlibError: they refuse it, or the tracker is not installed.
+    """
+    check_tracker(p.grpo.report_to, "grpo.report_to")
+    _arguments(p.tuned.model_copy(update={"device": "cpu"}), p.grpo, p.offload, p.seed, p.where("03_grpo"))
 
 
 def run(p: Params, folder: Path, speed: PairSpeed) -> list[dict]:

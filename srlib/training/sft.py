@@ -8,50 +8,36 @@ would: a model may never have met them, as that of the arithmetic world has met 
 
 from __future__ import annotations
 
+import math
 import shutil
-import warnings
 from pathlib import Path
+from random import Random
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from srlib import SrlibError
 from srlib.data.prompts import continuation, encode_prompt
-from srlib.data.rows import Annotated, read_jsonl, write_json
-from srlib.engine.adapters import add_tags, embedding_rows, merge, pieces_of_tags, ready_for_trl, write_adapter
+from srlib.data.rows import Annotated, read_jsonl
+from srlib.engine.adapters import add_tags, embedding_rows, merge, pieces_of_tags, ready_for_trl
 from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
 from srlib.params import ModelSpec, Params, Sft
 from srlib.training.launch import on_one_device
+from srlib.training.trainer import NoStepAtZero, check_tracker, configured, fit, run_name, save, taken_up
 
 LABEL_IGNORED = -100
-
-
-class NoStepAtZero(Trainer):
-    """A trainer whose schedule begins and ends one step further in: at its ends, where it is 0, nothing is trained.
-
-    Its `warmup_steps` are one more than the steps whose learning rate is below the highest.
-    """
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """As transformers makes it, for one step more, and with the first behind it."""
-        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # before an optimizer's
-            scheduler.step()
-        return scheduler
+Example = dict[str, list[int]]
 
 
 class _Trainer(NoStepAtZero, SFTTrainer):
     pass
 
 
-def example(tokenizer: PreTrainedTokenizerBase, row: Annotated, hint: str = "") -> dict[str, list[int]]:
+def example(tokenizer: PreTrainedTokenizerBase, row: Annotated, hint: str = "") -> Example:
     """Ids and labels of one annotated trace: loss on the completion alone.
 
     What the big model will write is part of it: from it the small model learns where a span is
@@ -67,12 +53,16 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     """Fine-tune `small` on annotated traces; adapter and tokenizer go to `folder/adapter`.
 
     Where `small` has an adapter already, it is merged into the weights, in `folder/merged`, and the new one is for those.
+    A checkpoint that a killed run left in `folder/trainer` is taken up where it ends, and all becomes what it would have
+    been, but for `num_tokens` in the log: TRL counts them from there.
 
     Returns:
-        the trainer's log, a record every few steps with `step`, `epoch` and `loss` (nats a token).
+        the trainer's log, a record every few steps with `step`, `epoch` and `loss` (nats a token); where traces are held
+        out, records with `step`, `epoch` and `eval_loss`, theirs, the mean of its batches, too.
 
     Raises:
-        SrlibError: no trace has a span, or none is within `max_length`; single ones beyond it are left out and told.
+        SrlibError: no trace has a span, none is within `max_length`, or none is left to train on; single ones beyond
+            `max_length` are left out and told.
     """
     if not any(row.spans for row in rows):
         raise SrlibError("No annotated trace has a span, so there is nothing to learn: lower annotate.threshold.")
@@ -93,11 +83,54 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
         raise SrlibError(f"sft.max_length is {config.max_length}, but the shortest trace has {shortest} tokens.")
     if (longer := len(examples) - len(fitting)) and process.is_main_process:
         print(f"{longer} of {len(examples)} traces are left out: they have more than {config.max_length} tokens")
-    steps = len(fitting) * config.epochs / config.batch_size
-    args = SFTConfig(
+    taught, held_out = split(fitting, config.n_validation, seed)
+    args = _arguments(small, config, len(taught), seed, folder)
+    on_one_device(args, model.device)
+    trainer = _Trainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(taught),
+        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        processing_class=tokenizer,
+        peft_config=_lora(config, embedding_rows(model, tokens)),
+    )
+    ready_for_trl(trainer.model)
+    fit(trainer, folder, taken_up(trainer))
+    log = [record for record in trainer.state.log_history if "loss" in record]
+    held = [record for record in trainer.state.log_history if "eval_loss" in record]
+    log += [{key: record[key] for key in ("step", "epoch", "eval_loss")} for record in held]
+    save(trainer, log, folder)
+    return log
+
+
+def split(examples: list[Example], n: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Those to train on, and `n` that are held out, drawn at random; both in the order they came in.
+
+    Raises:
+        SrlibError: none would be left to train on.
+    """
+    if n >= len(examples):
+        raise SrlibError(
+            f"sft.n_validation is {n}, but there are {len(examples)} traces to train on and to hold out: lower it."
+        )
+    drawn = {*Random(seed).sample(range(len(examples)), n)}
+    taught = [each for i, each in enumerate(examples) if i not in drawn]
+    return taught, [examples[i] for i in sorted(drawn)]
+
+
+def _arguments(small: ModelSpec, config: Sft, n: int, seed: int, folder: Path) -> SFTConfig:
+    """What TRL is told, for `n` traces to train on."""
+    steps = n * config.epochs / config.batch_size
+    logging_steps = max(1, int(steps / 50))
+    in_part = config.batch_size // config.processes // config.gradient_accumulation_steps
+    return configured(
+        SFTConfig,
+        "sft.trainer",
+        config.trainer,
         output_dir=str(folder / "trainer"),
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size // config.processes // config.gradient_accumulation_steps,
+        per_device_train_batch_size=in_part,
+        per_device_eval_batch_size=in_part,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
@@ -106,41 +139,45 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
         bf16=dtype_of(small) == torch.bfloat16,
         use_cpu=device_of(small) == "cpu",
         gradient_checkpointing=config.gradient_checkpointing,
-        logging_steps=max(1, int(steps / 50)),
-        save_strategy="no",
-        report_to="none",
+        logging_steps=logging_steps,
+        eval_strategy="steps" if config.n_validation else "no",
+        eval_steps=logging_steps,
+        save_steps=math.ceil(config.save_steps / logging_steps) * logging_steps,  # where no loss is half summed up
+        save_strategy="steps",
+        save_total_limit=1,
+        save_only_model=False,  # else none could be taken up
+        report_to=config.report_to,
+        run_name=run_name(folder),
         dataloader_pin_memory=False,
         seed=seed,
     )
-    on_one_device(args, model.device)
-    trainer = _Trainer(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list(fitting),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            target_modules="all-linear",
-            trainable_token_indices=embedding_rows(model, tokens),
-            task_type="CAUSAL_LM",
-        ),
+
+
+def _lora(config: Sft, rows: dict[str, list[int]]) -> LoraConfig:
+    """The adapter; `rows` of the embeddings are trained with it."""
+    return configured(
+        LoraConfig,
+        "sft.lora",
+        config.lora,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
+        trainable_token_indices=rows,
+        task_type="CAUSAL_LM",
     )
-    ready_for_trl(trainer.model)
-    trainer.train()
-    log = [record for record in trainer.state.log_history if "loss" in record]
-    save(trainer, log, folder)
-    return log
+
+
+def check(p: Params) -> None:
+    """Check all that is passed on to TRL, PEFT and a tracker, on the CPU and without a model.
+
+    Raises:
+        SrlibError: they refuse it, or the tracker is not installed.
+    """
+    check_tracker(p.sft.report_to, "sft.report_to")
+    _arguments(p.small.model_copy(update={"device": "cpu"}), p.sft, 1, p.seed, p.where("02_sft"))
+    _lora(p.sft, {})
 
 
 def run(p: Params, folder: Path) -> list[dict]:
     """`train` as the params ask for it, in this process."""
     return train(p.small, read_jsonl(p.annotated, Annotated), p.sft, p.seed, folder, p.offload.hint)
-
-
-def save(trainer: Trainer, log: list[dict], folder: Path) -> None:
-    """Adapter and tokenizer to `folder/adapter`, the log to `folder/log.json`; checkpoints are removed."""
-    if trainer.accelerator.is_main_process:  # every process holds all of the adapter
-        write_adapter(trainer, folder / "adapter")
-        write_json(folder / "log.json", log)
-        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)

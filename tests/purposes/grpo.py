@@ -23,6 +23,7 @@ from srlib.training.rewards import PRESETS, Rollout
 from tests.conftest import random_model
 from tests.purposes import Case, once, shows
 from tests.test_grpo import make_tuned
+from tests.test_trainer import written
 
 SPEED = latency.pair_speed(Latency())
 BASE = {
@@ -340,6 +341,19 @@ def divisor_of_advantages(case: Case) -> None:
 @shows("grpo.save_steps")
 def steps_between_checkpoints(case: Case) -> None:
     assert trained(case, save_steps=2).saved == [2]
+
+
+@shows("grpo.report_to")
+def tracker_that_is_told(case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        told = written(patch)
+        trained(case, report_to="tensorboard")
+    assert "train/reward" in told.scalars
+
+
+@shows("grpo.trainer")
+def more_arguments_of_grpo(case: Case) -> None:
+    assert trained(case, trainer={"weight_decay": 0.25}).trainer.optimizer.param_groups[0]["weight_decay"] == 0.25
 
 
 @shows("grpo.sample_every")

@@ -17,10 +17,11 @@ from srlib.params import ROOT, Params
 from srlib.training import sft
 from tests.purposes import Case, once, shows
 from tests.purposes.grpo import launched, models
-from tests.test_sft import annotated
+from tests.test_sft import numbered
+from tests.test_trainer import written
 
 BASE = {"sft.batch_size": 8, "sft.learning_rate": 1e-2}
-ROWS = [row.model_copy(update={"prompt": f"{i}*{i}+1?", "id": str(i)}) for i, row in enumerate(annotated(16))]
+ROWS = numbered(16)
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Trained:
     trainer: sft.SFTTrainer | None = None
     log: list[dict] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)  # the steps of the checkpoints
 
     @property
     def lora(self) -> torch.nn.Module:
@@ -70,6 +72,10 @@ def _trained(p: Params, folder: Path, patch: pytest.MonkeyPatch) -> Trained:
             finally:
                 handle.remove()
                 seen.parts[-1].forwards = len(count)
+
+        def _save_checkpoint(self, *arguments, **named):
+            seen.saved.append(self.state.global_step)
+            return super()._save_checkpoint(*arguments, **named)
 
     patch.setattr(sft, "_Trainer", Trainer)
     seen.log = sft.train(p.small, ROWS, p.sft, p.seed, folder)
@@ -155,6 +161,37 @@ def steps_of_warming_up(case: Case) -> None:
 def longest_trace(case: Case) -> None:
     with pytest.raises(SrlibError, match="sft.max_length is 16, but the shortest trace has"):
         trained(case, max_length=16)
+
+
+@shows("sft.n_validation")
+def traces_held_out(case: Case) -> None:
+    seen = trained(case, n_validation=4)
+    assert sum(len(part.labels) for part in seen.parts) == len(ROWS) - 4
+    assert [record["step"] for record in seen.log if "eval_loss" in record] == [1, 2]
+
+
+@shows("sft.save_steps")
+def steps_between_checkpoints(case: Case) -> None:
+    assert trained(case, save_steps=2, epochs=2.5).saved == [2, 4, 5]
+
+
+@shows("sft.report_to")
+def tracker_that_is_told(case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        told = written(patch)
+        trained(case, report_to="tensorboard")
+    assert "train/loss" in told.scalars
+
+
+@shows("sft.trainer")
+def more_arguments_of_sft(case: Case) -> None:
+    assert trained(case, trainer={"weight_decay": 0.25}).trainer.optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+@shows("sft.lora")
+def more_arguments_of_lora(case: Case) -> None:
+    dropout = trained(case, lora={"lora_dropout": 0.25}).lora.lora_dropout["default"]
+    assert getattr(dropout, "p", 0.0) == 0.25
 
 
 @shows("sft.n_watch")
