@@ -112,6 +112,14 @@ def _for_compare(parser: ArgumentParser) -> None:
     parser.add_argument("--policy", action="append", metavar="NAME", help="learned, or learned:grpo for A's and B's")
 
 
+def _for_export(parser: ArgumentParser) -> None:
+    parser.add_argument("run", help="folder of a run, such as outputs/cpu")
+    parser.add_argument("--policy", choices=["learned", "grpo"], help="the fine-tuned or the reinforced model")
+    parser.add_argument("--to", metavar="FOLDER", help="made for model/ and dataset/; without: export, in the run's")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="put the model on the hub; what is new there is private")
+    parser.add_argument("--push-data", metavar="OWNER/NAME", help="put the annotated traces there, too")
+
+
 def _for_params(parser: ArgumentParser) -> None:
     parser.add_argument("key", nargs="?", metavar="KEY", help="a section or a setting: grpo, grpo.beta; without: all")
 
@@ -167,6 +175,12 @@ def _rehearse(chosen: Namespace) -> int:
     return rehearse.run(p, chosen.params)
 
 
+def _export(chosen: Namespace) -> int:
+    from srlib.run import export
+
+    return export.run(chosen.run, chosen.policy, chosen.to, chosen.push, chosen.push_data)
+
+
 def _settings(chosen: Namespace) -> int:
     from srlib.params import reference
 
@@ -194,6 +208,7 @@ COMMANDS = {
     "bench": Command("measure every policy's speed against what the models do alone", _on_a_file, _bench),
     "plan": Command("say what each stage needs in memory, and whether it fits", _on_a_file, _plan),
     "rehearse": Command("run every stage with tiny twins of the models, on this machine", _on_a_file, _rehearse),
+    "export": Command("save a run's tuned model for vLLM and transformers", _for_export, _export),
     "params": Command("list every setting of a params file: default, limits, what it is", _for_params, _settings),
 }
 

@@ -49,7 +49,7 @@ def test_help_has_a_line_for_everything(capsys):
     assert ended.value.code == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     told = {words[0]: words[1:] for words in lines if words}
-    assert set(COMMANDS) == {"run", "sweep", "compare", "bench", "plan", "rehearse", "params"}
+    assert set(COMMANDS) == {"run", "sweep", "compare", "bench", "plan", "rehearse", "export", "params"}
     for name, command in COMMANDS.items():
         assert told[name] == [command.help]
     assert set(STAGES) <= set(told)
