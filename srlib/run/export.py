@@ -24,7 +24,7 @@ from srlib.data.rows import whole as whole_file
 from srlib.data.spans import CLOSE, OPEN
 from srlib.engine.adapters import merge, pieces_of_tags
 from srlib.engine.files import saving
-from srlib.engine.models import load_tokenizer
+from srlib.engine.models import dtype_of, load_tokenizer
 from srlib.params import ROOT, ModelSpec, Params, build, find, here
 from srlib.run import locks
 from srlib.run.manifest import ENDED, Kept, Manifest, Record
@@ -177,7 +177,8 @@ def _chosen(p: Params, policy: str | None) -> str:
 
 
 def _spec(p: Params, policy: str) -> ModelSpec:
-    return p.reinforced if policy == "grpo" else p.tuned
+    """The model of a policy; it is merged here, wherever it was trained."""
+    return (p.reinforced if policy == "grpo" else p.tuned).model_copy(update={"device": "auto"})
 
 
 def _results(p: Params, policy: str) -> tuple[list[Result], str]:
@@ -214,8 +215,7 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 def _write_model(p: Params, policy: str, rows: Sequence[Result], without: str, folder: Path, name: str | None) -> None:
     # Weights that were quantised to save memory are whole on the disk, and an adapter can be merged into these alone.
-    spec = _spec(p, policy).model_copy(update={"quantization": "none", "device": "auto"})
-    merge(spec, folder)
+    merge(_spec(p, policy).model_copy(update={"quantization": "none"}), folder)
     (folder / "source.json").unlink()  # where it was merged from here
     with whole_file(folder / "README.md") as file:
         file.write(_model_card(p, policy, rows, without, name))
@@ -255,7 +255,8 @@ def _model_card(p: Params, policy: str, rows: Sequence[Result], without: str, na
         f"model should go on, until `{CLOSE}`. "
         + ("Each of the two tags is one token of its tokenizer. " if a_token else "The tags are plain text. ")
         + f"The bigger model of this run: {_named(p.pair.big.path, 'one')}. The adapter is merged into the weights.",
-        f"```sh\nvllm serve {where}\n```",
+        # Without it vLLM rounds weights of 32 bits to 16, and other tokens are the likeliest.
+        f"```sh\nvllm serve {where} --dtype {str(dtype_of(spec)).removeprefix('torch.')}\n```",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{where}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n```',
