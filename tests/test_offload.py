@@ -330,6 +330,30 @@ def test_tags_of_several_tokens():
     assert plain.decode(big.read[0]) == "1+2?1+2=34"
 
 
+def test_a_tag_of_plain_text_is_looked_for_within_the_context():
+    """At its end there is no room to see whether a word that begins like the tag is one."""
+    plain = arith.tokenizer()
+    first = Tags.of(plain).close[0]
+    models = [random_model(len(plain), seed, context=48, loud=(first,)) for seed in (0, 1)]
+    asked = [plain.encode(f"{i}+{i}?") for i in range(10, 42)]
+    for wanted in (Learned(), Opens()):
+        engines = [TransformersEngine(model, plain) for model in models]
+        traces = Offloader(*engines, wanted, max_tokens=200, span_budget=60).run(asked)
+        assert not [trace.error for trace in traces if trace.error]
+        assert all(len(trace.prompt_ids) + len(trace.ids) <= 48 for trace in traces)
+    assert any(trace.big_tokens > 20 for trace in traces)
+
+
+class Opens(Learned):
+    """Asks at once, and again when control is back."""
+
+    def write(self, writer):
+        while not writer.done:
+            yield from writer.small_writes(1)
+            if not writer.done:
+                yield from writer.span()
+
+
 def test_stray_and_unclosed_tags_have_an_outcome(tokenizer):
     opening, closing = (t[0] for t in (Tags.of(tokenizer).open, Tags.of(tokenizer).close))
     script = {1: 10, 2: closing, 3: 11, 4: opening}

@@ -349,7 +349,10 @@ class Writer:
             return 0
         tries = None
         if o.plain_tags:  # it began like the tag: the small model writes on, and another word is taken back
-            tries = self.small.request(max_new=len(close) + 2, stop_texts=spans.SPELLINGS)
+            room = self.small.turns.engine.context - self.small.length
+            if room < 1:
+                return 0
+            tries = self.small.request(max_new=min(len(close) + 2, room), stop_texts=spans.SPELLINGS)
             yield tries
             self.small.answered(tries)
             text = o.tokenizer.decode(tries.ids).lstrip()
