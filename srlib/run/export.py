@@ -25,6 +25,7 @@ from srlib.data.spans import CLOSE, OPEN
 from srlib.engine.adapters import merge, pieces_of_tags
 from srlib.engine.files import saving
 from srlib.engine.models import dtype_of, load_tokenizer
+from srlib.evaluation.claims import percent
 from srlib.params import ROOT, ModelSpec, Params, build, find, here
 from srlib.run import locks
 from srlib.run.manifest import ENDED, Kept, Manifest, Record
@@ -290,7 +291,7 @@ def _evaluation(p: Params, rows: Sequence[Result], spec: ModelSpec) -> Iterator[
     who = {"small": "the model before tuning, alone", "big": "the bigger model, alone"}
     for row in rows:
         name, (low, high) = who.get(row["policy"], "this model and the bigger one"), row["ci95"]
-        numbers = f"{_percent(row['accuracy'])} | {_percent(low)} – {_percent(high)} | {_percent(row['offload_share'])} | {row['handovers']:.2f}"
+        numbers = f"{percent(row['accuracy'])} | {percent(low)} – {percent(high)} | {percent(row['offload_share'])} | {row['handovers']:.2f}"
         table.append(f"| {name} | {numbers} |")
     yield "\n".join(table)
     if spec.quantization != "none":
@@ -327,7 +328,7 @@ def _dataset_card(p: Params) -> str:
         dropped = ", ".join(f"{_text(why)}: {n}" for why, n in report["dropped"].items())
         parts.append(
             f"Annotator: {_code(report['annotator'])}. Traces: n = {report['traces']}, of which {report['annotated']} "
-            f"are annotated{f' ({dropped} left out)' if dropped else ''}. Of a trace's tokens {_percent(report['share'])} "
+            f"are annotated{f' ({dropped} left out)' if dropped else ''}. Of a trace's tokens {percent(report['share'])} "
             "are in a span (mean over these traces, not an estimate: there is no interval)."
         )
     parts.append(f"Written by srlib {__version__} from the files of the run.")
@@ -368,10 +369,6 @@ def _small(p: Params, made: str = "one") -> str:
     """The small model before it was tuned."""
     before = f" with the adapter {_named(p.pair.small.adapter, '')}" if p.pair.small.adapter else ""
     return _named(p.pair.small.path, made) + before
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _text(text: str) -> str:
