@@ -40,8 +40,8 @@ def problems():
     return list(islice(arith.generate(Arith(min_steps=1, max_steps=2), "traces", 0), 8))
 
 
-def make_tuned(folder) -> ModelSpec:
-    """A small model on disk with an untrained adapter and tags it writes often."""
+def make_tuned(folder, eager=1.2) -> ModelSpec:
+    """A small model on disk with an untrained adapter and tags it writes often, the more so the more `eager`."""
     tokenizer = arith.tokenizer()
     random_model(len(tokenizer), 1, loud=(0,)).save_pretrained(folder / "small")
     tokenizer.save_pretrained(folder / "small")
@@ -51,7 +51,7 @@ def make_tuned(folder) -> ModelSpec:
     torch.manual_seed(0)
     fit_embeddings(model, tokenizer)
     with torch.no_grad():
-        model.get_output_embeddings().weight[tags] = 1.2 * torch.randn(2, 64)
+        model.get_output_embeddings().weight[tags] = eager * torch.randn(2, 64)
     rows = embedding_rows(model, tags)
     config = LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=rows, init_lora_weights=False)
     peft = get_peft_model(model, config)
@@ -69,6 +69,30 @@ def tuned(tmp_path_factory):
 def big():
     tokenizer = arith.tokenizer()
     return TransformersEngine(random_model(len(tokenizer), 2), tokenizer, slots=16)
+
+
+def decisions(model, trace, temperature=1.0) -> torch.Tensor:
+    """(T,) in plain words: how likely what the small model decided at each id of a trace was to it, in logarithms.
+
+    nan where it decided nothing. With a gradient, if there is one to be had.
+    """
+    (closing,) = trace.tags.close
+    (opening,) = trace.tags.open
+    logits = model(torch.tensor([trace.prompt_ids + trace.ids])).logits[0] / temperature
+    found, inside = [], False
+    for j, (token, owner) in enumerate(zip(trace.ids, trace.owners)):
+        row = logits[len(trace.prompt_ids) + j - 1]
+        if not inside:
+            others = torch.cat((row[:closing], row[closing + 1 :]))
+            found.append(row[token] - others.logsumexp(0))
+        elif token == closing and owner == SMALL:
+            found.append(row.log_softmax(0)[closing])
+        elif owner == BIG and trace.ids[j - 1] != opening:
+            found.append((1 - row.softmax(0)[closing]).log())
+        else:
+            found.append(torch.tensor(math.nan))
+        inside = token == opening or inside and token != closing
+    return torch.stack(found)
 
 
 class Spy(rollouts.Rollouts):
@@ -102,13 +126,13 @@ def test_masks_ids_and_logprobs_align(tuned, big, problems, tmp_path, spy, monke
     for i, trace in enumerate(written):
         mask, logprobs = given["env_mask"][i], given["logprobs"][i]
         assert len(mask) == len(logprobs) == len(given["completion_ids"][i]) == len(trace.ids)
-        with torch.no_grad():
-            full = model(torch.tensor([trace.prompt_ids + trace.ids])).logits[0].log_softmax(-1)
-        for j, (token, owner) in enumerate(zip(trace.ids, trace.owners)):
-            assert mask[j] == (owner == SMALL)
+        exact = decisions(model, trace)
+        for j, owner in enumerate(trace.owners):
+            waits = owner == BIG and j and trace.owners[j - 1] == BIG
+            assert mask[j] == (owner == SMALL or waits)
             assert math.isnan(logprobs[j]) == (owner != SMALL)
             if owner == SMALL:
-                assert logprobs[j] == pytest.approx(float(full[len(trace.prompt_ids) + j - 1, token]), abs=1e-4)
+                assert logprobs[j] == pytest.approx(float(exact[j]), abs=1e-4)
         foreign += trace.owners.count(BIG)
     assert foreign > 20  # the big model really wrote
     assert any(h.closed_by == "small" for t in written for h in t.handovers)
@@ -153,9 +177,10 @@ def test_vllm_writes_with_the_weights_of_each_step(tuned, big, problems, tmp_pat
     assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "log.json", "samples.jsonl"]
 
 
+@pytest.mark.parametrize("credit", [True, False])
 @pytest.mark.parametrize(("loss_type", "beta"), [("dapo", 0.0), ("dr_grpo", 0.0), ("grpo", 0.1)])
-def test_foreign_tokens_have_no_gradient(tuned, big, problems, tmp_path, monkeypatch, loss_type, beta):
-    """What the loss does to the logits of a position is zero wherever the token is not the policy's own."""
+def test_foreign_tokens_have_no_gradient(tuned, big, problems, tmp_path, monkeypatch, loss_type, beta, credit):
+    """What the loss does to the logits of a position is zero wherever nothing is the policy's own, token or decision."""
     masks, gradients = [], []
     compute = grpo.GRPOTrainer._compute_loss
 
@@ -175,7 +200,9 @@ def test_foreign_tokens_have_no_gradient(tuned, big, problems, tmp_path, monkeyp
             handle.remove()
 
     monkeypatch.setattr(grpo.GRPOTrainer, "_compute_loss", spying)
-    config = CONFIG.model_copy(update={"max_steps": 1, "batch_size": 16, "loss_type": loss_type, "beta": beta})
+    config = CONFIG.model_copy(
+        update={"max_steps": 1, "batch_size": 16, "loss_type": loss_type, "beta": beta, "credit_waiting": credit}
+    )
     grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 3, tmp_path)
     mask, gradient = masks[0], gradients[0]
     # the hidden state that predicts completion token j stands one place before it
@@ -287,7 +314,7 @@ def test_small_model_explores_and_big_one_answers_as_at_inference(tuned, big, pr
     assert sampled == {"small": (1.3, 1.0, 0), "big": (0.6, 0.05, 3)}
 
 
-def test_log_probabilities_are_trls(tuned, big, problems, tmp_path, spy, monkeypatch):
+def test_log_probabilities_are_trls(big, problems, tmp_path, spy, monkeypatch):
     """With a temperature for rollouts and every other sampling for inference, rollouts and TRL's loss agree."""
     compute, recomputed = grpo.GRPOTrainer._compute_loss, []
 
@@ -302,7 +329,8 @@ def test_log_probabilities_are_trls(tuned, big, problems, tmp_path, spy, monkeyp
 
     monkeypatch.setattr(grpo.GRPOTrainer, "_compute_loss", spying)
     offload = OFFLOAD.model_copy(update={"temperature": 0.6, "top_p": 0.5, "top_k": 2})
-    config = CONFIG.model_copy(update={"max_steps": 1, "temperature": 0.7})
+    config = CONFIG.model_copy(update={"max_steps": 1, "temperature": 0.7, "credit_waiting": False})
+    tuned = make_tuned(tmp_path, eager=0.7)  # where a close is all but certain, what is left to others has few digits
     grpo.train(tuned, big, problems, config, offload, SPEED, 0, tmp_path)
     written = [p for row in spy[0]["logprobs"] for p in row if not math.isnan(p)]
     assert sorted(recomputed) == pytest.approx(sorted(written), abs=1e-3)
@@ -523,15 +551,14 @@ def test_columns_align_wherever_spans_lie(tuned, seed, budget, room, loud):
         ids, mask, logprobs = (given_[key][i] for key in ("completion_ids", "env_mask", "logprobs"))
         assert len(ids) == len(mask) == len(logprobs) == len(trace.ids)
         with torch.no_grad():
-            full = model(torch.tensor([given_["prompt_ids"][i] + ids])).logits[0].log_softmax(-1)
+            exact = decisions(model, trace)
         inside = n = 0
         for j, token in enumerate(ids):
             inside = 0 if token == closing else inside
             n = n + 1 if inside else 0
-            forced = token == closing and j and mask[j - 1] == 0 and mask[j] == 0
-            assert mask[j] == (0 if inside or forced else 1)
+            forced = token == closing and j and mask[j] == 0
+            assert mask[j] == (n > 1 if inside else not forced)
             assert n <= budget
-            expected = float(full[len(trace.prompt_ids) + j - 1, token])
-            near = pytest.approx(expected, abs=1e-4 * max(1.0, loud))  # logits, and their rounding, grow with it
-            assert math.isnan(logprobs[j]) if mask[j] == 0 else logprobs[j] == near
+            near = pytest.approx(float(exact[j]), abs=1e-4 * max(1.0, loud))  # logits, and their rounding, grow with it
+            assert math.isnan(logprobs[j]) if inside or forced else logprobs[j] == near
             inside = 1 if token == opening else inside

@@ -116,6 +116,7 @@ class Duo:
         self.plain_tags = len(self.tags.close) > 1
         self.tag_tokens = {ids[0] for ids in self.tag_ids if len(ids) == 1}
         self.tag_ends: dict[str, Any] = {"stops": (*self.tag_ids, *self.small_eos)}
+        self.closing = () if self.plain_tags else tuple(ids[0] for ids in self.tag_ids[1:] if len(ids) == 1)
         self.may_close = frozenset(self.tags.close)
         self.control_chunk = control_chunk
         if self.plain_tags:

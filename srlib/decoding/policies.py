@@ -49,15 +49,17 @@ class Learned(Policy):
     name: str = "learned"
 
     def write(self, writer: Writer) -> Steps:
-        rng = random.Random(writer.seed) if self.reject else None
+        rng, refused = random.Random(writer.seed) if self.reject else None, False
         while not writer.done:
-            tag = yield from writer.small_writes(writer.left, tags=True)
-            if tag != spans.OPEN or writer.done:
+            tag = yield from writer.small_writes(writer.left, tags=True, inside=refused)
+            if tag is None or writer.done:
                 continue
-            if rng and rng.random() < self.reject:
+            refused = tag == spans.OPEN
+            if not refused or rng and rng.random() < self.reject:
                 continue
             budget = self._allowed(writer)
             if budget is None or budget >= 1:
+                refused = False
                 yield from writer.span(budget)
 
     def _allowed(self, writer: Writer) -> int | None:

@@ -178,11 +178,13 @@ class Writer:
         self.trace.small_forward_tokens, self.trace.big_forward_tokens = self.small.forwarded, self.big.forwarded
 
     def small_writes(
-        self, n: int, tags: bool = False, doubt: Doubt | None = None
+        self, n: int, tags: bool = False, doubt: Doubt | None = None, inside: bool = False
     ) -> Generator[Request, None, str | None]:
         """Up to `n` tokens by the small model, up to a tag with `tags`, or to where it is unsure.
 
         Args:
+            inside: it writes a span itself, and may close it. Outside of spans a closing tag that is a token is not
+                written: there is nothing to close, and as it is stripped nobody would pay for it.
             doubt: a token of which the model is less sure is not written.
 
         Returns:
@@ -198,6 +200,7 @@ class Writer:
                 doubt=doubt,
                 recent=self.trace.ids[max(start, before - STOP_TAIL) : before],
                 live=self._live,
+                banned=o.closing if tags and not inside else (),
                 **ends,
             )
             self._shaky = STOP_TAIL if tags and o.plain_tags else 0

@@ -105,7 +105,7 @@ class ProcessEngine(Running):
         name = next(self._names)
         self._under_way[name] = request
         r = request
-        asked = (r.feed, r.max_new, r.stops, r.stop_texts, r.recent, r.doubt, r.ask, r.watch, r.live)
+        asked = (r.feed, r.max_new, r.stops, r.stop_texts, r.recent, r.doubt, r.banned, r.ask, r.watch, r.live)
         self._orders.append(("submit", name, request.sequence.slot, asked))
         return request
 

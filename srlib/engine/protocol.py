@@ -101,6 +101,7 @@ class Request:
     stop_texts: tuple[str, ...] = ()  # ends when the text of the decoded ids holds one of these
     recent: list[int] = field(default_factory=list)  # decoded just before: where a stop may have begun
     doubt: Doubt | None = None  # ends before a token of which the model is less sure
+    banned: tuple[int, ...] = ()  # ids that are not decoded: probabilities are those among all others
     ask: int = 0
     watch: int | None = None
     live: bool = False  # `ids` grows token by token while it is under way, in a running engine, too

@@ -368,6 +368,11 @@ class Grpo(Section):
         gt=0,
         description="of the small model in rollouts, which draws from all tokens there; the big one draws as offload says",
     )
+    credit_waiting: bool = Field(
+        True,
+        description="true_offload, tags that are tokens: at each token of the big model the decision not to take control "
+        "back is reinforced as taking it is; else only the latter",
+    )
     beta: float = Field(0.0, ge=0, description="weight of the KL to the policy of stage 02")
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = Field(
         "dapo",

@@ -30,6 +30,7 @@ from srlib.engine.adapters import ready_for_trl
 from srlib.engine.models import device_of, dtype_of, load_model
 from srlib.engine.protocol import Engine
 from srlib.params import Grpo, ModelSpec, Offload, Params
+from srlib.training.credit import Credited
 from srlib.training.launch import on_one_device
 from srlib.training.rewards import REWARDS, Rollout, Targets, weights
 from srlib.training.rollouts import Rollouts, Synchronised
@@ -49,7 +50,7 @@ REFERENCE = "ref"
 TAKEN_OVER = ("use_vllm", "vllm_generation", "sync_weights", "_last_loaded_step")
 
 
-class _Trainer(NoStepAtZero, GRPOTrainer):
+class _Trainer(NoStepAtZero, Credited):
     pass
 
 
@@ -102,6 +103,7 @@ def train(
         callbacks=[_Progress()],
     )
     _check_privates(trainer)
+    trainer.closes_as = rollouts.decides
     ready_for_trl(trainer.model)
     # TRL may have rounded the one, and its copy for the KL lacks the tags' rows
     for adapter in trainer.model.peft_config:

@@ -16,6 +16,7 @@ from srlib import engine
 from srlib.data import prompts, spans
 from srlib.data.grade import verdict
 from srlib.data.rows import Problem, whole
+from srlib.data.spans import Tags
 from srlib.decoding.policies import Learned, Never
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import SMALL, Trace
@@ -24,6 +25,7 @@ from srlib.engine.protocol import Engine
 from srlib.engine.transformers import TransformersEngine
 from srlib.params.models import ModelSpec
 from srlib.params.stages import Grpo, Offload
+from srlib.training.credit import went_on
 from srlib.training.rewards import Rollout
 
 if TYPE_CHECKING:
@@ -53,6 +55,9 @@ class Rollouts:
         self.offload = offload.model_copy(update={"batch_size": config.rollouts_at_once or offload.batch_size})
         self.problems = problems
         self.seed, self.samples = seed, samples
+        tags = Tags.of(tokenizer)
+        # Of rollouts in which the small model decides when to take control back, token by token.
+        self.decides = tags if config.rollout == "true_offload" and len(tags.close) == 1 else None
         self.vllm: Synchronised | None = None  # writes the small model's part; None: the model that is trained does
 
     def forget_from(self, step: int) -> None:
@@ -94,11 +99,14 @@ class Rollouts:
     def columns(self, traces: list[Trace]) -> dict[str, list]:
         """What TRL trains on: in each row ids, log-probabilities and mask run in parallel."""
         own = [[owner == SMALL for owner in trace.owners] for trace in traces]
+        learned = own  # from: what is the small model's own, and its decisions
+        if self.decides and self.config.credit_waiting:
+            learned = [[o or waited for o, waited in zip(os, went_on(t))] for t, os in zip(traces, own)]
         return {
             "prompt_ids": [trace.prompt_ids for trace in traces],
             "completion_ids": [trace.ids for trace in traces],
             "logprobs": [[p if o else float("nan") for p, o in zip(t.logprobs, os)] for t, os in zip(traces, own)],
-            "env_mask": [[int(o) for o in os] for os in own],
+            "env_mask": [[int(each) for each in row] for row in learned],
         }
 
     def write(self, small: Engine | None, prompts: list[str], step: int) -> list[Trace]:

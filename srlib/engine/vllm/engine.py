@@ -60,6 +60,7 @@ from srlib.engine.vllm.server import Server
 from srlib.params import ModelSpec
 
 TOP = 20  # likeliest tokens an entropy is estimated from; vLLM gives no more by default
+BAN = -100.0  # added to a logit, the least that vLLM takes: a probability below 1e-40 where the others are not as low
 INTERVAL = 8  # tokens that come together where none of them has to be looked at
 
 
@@ -222,6 +223,7 @@ class VllmEngine(Running):
             stop_token_ids=[i for (i,) in known],
             logprobs=TOP if doubt else 0,
             stream_interval=1 if look or request.live else INTERVAL,
+            **({"logit_bias": dict.fromkeys(request.banned, BAN)} if request.banned else {}),
             **_drawn(sequence.sampling, len(ids)),
         )
         cached, answered = None, False
