@@ -107,9 +107,9 @@ def caption() -> str:
         f"The small model alone is right on {accuracy(rows['small'])}, the big one on {accuracy(rows['big'])}; "
         f"both together, by the learned policy, on {accuracy(rows['learned'])}, "
         f"with {percent(rows['learned']['offload_share'])} of the tokens written by the big one; "
-        f"with random offloading at that share on {accuracy(rows['random_matched'])}. "
-        "In this world it takes no training to know where to ask: asked where the small model is unsure, by its "
-        f"{untrained['policy']}, the big one brings it to {at_share(untrained)}. "
+        f"with random offloading at that share on {accuracy(rows['random_matched'])}; "
+        f"reinforced, on {at_share(rows['grpo'])}. Asked where the untrained small model is unsure, by the best of three "
+        f"measures ({untrained['policy']}), the big one brings it to {at_share(untrained)}. "
         f"{'All' if not failed else f'All but {failed}'} of the {len(made)} claims [below](#what-it-shows) hold here. "
         "All figures: [results.json](outputs/reference/results.json).*"
     )

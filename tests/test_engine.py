@@ -118,6 +118,29 @@ def test_stops_of_several_ids(engines, prompts):
     assert len(held.ids) <= 5
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_banned_is_not_written_and_has_no_probability(pair, engines, prompts, temperature):
+    """Beside a request that bans nothing; log-probabilities are those among all other ids."""
+    small, _ = engines
+    free = small.run(*(Request(small.open([], Sampling(temperature)), feed=ids, max_new=8) for ids in prompts[:4]))
+    banned = tuple({request.ids[0] for request in free})
+    opened = [small.open([], Sampling(temperature)) for _ in range(8)]
+    asked = small.run(
+        *(Request(s, feed=ids, max_new=8, banned=banned) for s, ids in zip(opened, prompts[:4])),
+        *(Request(s, feed=ids, max_new=8) for s, ids in zip(opened[4:], prompts[:4])),
+    )
+    for s in opened:
+        small.close(s)
+    assert [request.ids for request in asked[4:]] == [request.ids for request in free]
+    for ids, request in zip(prompts, asked[:4]):
+        assert not set(banned) & set(request.ids)
+        with torch.no_grad():
+            rows = pair[0](torch.tensor([ids + request.ids])).logits[0, len(ids) - 1 : -1]
+        rows[:, list(banned)] = -torch.inf
+        exact = rows.log_softmax(-1)[range(len(request.ids)), request.ids]
+        assert request.logprobs == pytest.approx(exact.tolist(), abs=1e-4)
+
+
 def test_int8_does_not_tell_of_every_pass(folders, caplog):
     """bitsandbytes would, of each layer, that it computes in fp16."""
     made = engine.load(ModelSpec(path=folders[0], quantization="int8"))

@@ -48,13 +48,13 @@ def test_requests_scores_and_counters(engines, apart, prompts):
     answers = []
     for e in (here, there):
         s = e.open(prompts[0][:2], Sampling(0.8, 0.9, 20, seed=3))
-        (first,) = e.run(Request(s, feed=prompts[0][2:], max_new=5))
+        (first,) = e.run(Request(s, feed=prompts[0][2:], max_new=5, banned=tuple(range(50))))
         e.truncate(s, len(prompts[0]) + 2)
         (second,) = e.run(Request(s, feed=[5, 6, 7], ask=2, watch=9))
         answers.append((first.ids, second.own, s.ids, s.forwarded))
         assert len(first.logprobs) == len(first.ids) and len(second.watched) == 2
         e.close(s)
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] and min(answers[0][0]) >= 50
     assert there.counters.forward_tokens - before == answers[1][3]
     for method, how in (("score", ()), ("doubts", ()), ("doubts", ("margin",))):
         a, b = (getattr(e, method)(prompts[:3], *how) for e in (here, there))

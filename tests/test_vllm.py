@@ -210,6 +210,25 @@ def test_doubt_ends_before_an_unsure_token(small, pair, prompts, opened):
 
 
 @needs_vllm
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_banned_is_not_written(small, pair, prompts, temperature):
+    def write(**how) -> list[Request]:
+        sequences = [small.open(ids, Sampling(temperature)) for ids in prompts[:4]]
+        requests = small.run(*(Request(s, max_new=8, **how) for s in sequences))
+        for s in sequences:
+            small.close(s)
+        return requests
+
+    banned = tuple({request.ids[0] for request in write()})
+    for prompt, request in zip(prompts, write(banned=banned)):
+        assert not set(banned) & set(request.ids)
+        rows = distributions(pair[0], prompt + request.ids)[len(prompt) - 1 : -1].clone()
+        rows[:, list(banned)] = -torch.inf
+        exact = rows.log_softmax(-1)[range(len(request.ids)), request.ids]
+        assert request.logprobs == pytest.approx(exact.tolist(), abs=1e-3)
+
+
+@needs_vllm
 def test_draws_depend_on_seed_and_position(small, pair, prompts):
     def sample(seed: int) -> tuple[list[int], list[int]]:
         sequences = [small.open(ids, Sampling(0.8, seed=seed)) for ids in prompts]

@@ -360,3 +360,12 @@ def more_arguments_of_grpo(case: Case) -> None:
 def steps_between_samples(case: Case) -> None:
     samples = trained(case, sample_every=1).folder / "samples.jsonl"
     assert {json.loads(line)["step"] for line in samples.read_text().splitlines()} == {0, 1}
+
+
+@shows("grpo.credit_waiting")
+def decisions_to_wait(case: Case) -> None:
+    """Without it, what the big model wrote counts for nothing, wherever it stands."""
+    seen = trained(case, credit_waiting=False)
+    for step in seen.steps:
+        for mask, logprobs in zip(step["env_mask"], step["logprobs"]):
+            assert mask == [int(p == p) for p in logprobs]  # nan where it is not the small model's own
