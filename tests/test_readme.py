@@ -184,7 +184,7 @@ BROKEN = {
     "What random offloading buys": {"random_0.10": {"accuracy": 0.6, "ci95": [0.58, 0.62]}},
     "With nobody answering": {"learned_off": {"accuracy": 0.1, "ci95": [0.088, 0.114]}},
     "Refusing its requests": {"rejection_0.50": {"accuracy": 0.7, "ci95": [0.68, 0.72]}},
-    "Reinforcement loses no accuracy": {"grpo": {"accuracy": 0.85, "ci95": [0.834, 0.865]}},
+    "Reinforcement gains accuracy": {"grpo": {"accuracy": 0.85, "ci95": [0.834, 0.865]}},
     "Reinforced, it is above": {"grpo": {"accuracy": 0.39, "ci95": [0.37, 0.41]}},
     "The learned policy goes": {"learned": {"accuracy": 0.5, "ci95": [0.48, 0.52]}},
     "It is right more often": {"random_matched": {"accuracy": 0.94, "ci95": [0.93, 0.95]}},

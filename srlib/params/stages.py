@@ -380,9 +380,9 @@ class Grpo(Section):
         "the step; dr_grpo: their sum by the rollouts times offload.max_tokens",
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group",
-        description="whose standard deviation advantages are divided by; group: where one reward alone differs in a "
-        "group, any weight of it does the same; batch, none: it counts in proportion to its weight",
+        "none",
+        description="whose standard deviation advantages are divided by; none, batch: a reward counts in proportion to its "
+        "weight, so that a price is a price; group: where one alone differs in a group, any weight of it does the same",
     )
     save_steps: int = Field(50, ge=1, description="steps between checkpoints, of which the last is kept")
     report_to: str = Field(
