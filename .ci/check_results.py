@@ -14,7 +14,7 @@ from srlib.evaluation.claims import Claim, Row, accuracy, difference, of_policie
 
 def claims(rows: Mapping[str, Row]) -> Iterator[Claim]:
     """Each claim, whether it holds, and the numbers that say so. Args: rows: of results.json, by policy."""
-    small, big, learned, matched = (rows[name] for name in ("small", "big", "learned", "random_matched"))
+    small, big, learned, matched, grpo = (rows[name] for name in ("small", "big", "learned", "random_matched", "grpo"))
     n = min(row["n_problems"] for row in rows.values())
     yield Claim("Every policy wrote at least 1,000 problems", n >= 1000, f"n = {n:,}")
     yield Claim("The big model alone is right on at least 90 %", big["accuracy"] >= 0.9, accuracy(big))
@@ -29,6 +29,12 @@ def claims(rows: Mapping[str, Row]) -> Iterator[Claim]:
         "Random offloading hands over no less there (within 1 point)",
         share - matched["offload_share"] <= 0.01,
         percent(matched["offload_share"]),
+    )
+    part, share = grpo["accuracy"] / big["accuracy"], grpo["offload_share"]
+    yield Claim(
+        "Reinforced, it keeps at least 95 % of the big model's accuracy, with at most 8 % of the tokens",
+        part >= 0.95 and share <= 0.08,
+        f"{percent(part)} of it, {percent(share)} of the tokens",
     )
     yield from of_policies(rows)
     twice = max(

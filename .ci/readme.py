@@ -159,6 +159,10 @@ EXPECTED: dict[str, list[More | Falls]] = {
         Falls("The higher the price of time, the less is handed over", "grpo", "offload_share"),
         More("The highest one costs accuracy", (0, "grpo"), (-1, "grpo")),
     ],
+    "credit": [
+        More("Reinforcement gains accuracy over fine-tuning", (0, "grpo"), (0, "learned")),
+        More("It gains more where going on is credited, too", (0, "grpo"), (1, "grpo")),
+    ],
     "rollout": [
         More("Reinforcement with a big model that answers ends higher than without", (0, "grpo"), (1, "grpo")),
         More("Without, it unlearns what fine-tuning has taught", (1, "learned"), (1, "grpo")),
@@ -216,10 +220,19 @@ def sweep(name: str) -> str:
         "",
         f"*Accuracy, and the share of tokens handed over: {setting(first)} clustered by "
         f"{'training seed and ' if 'n_seeds' in first else ''}problem, {seeds} training "
-        f"seed{'s' if seeds > 1 else ''} pooled. [Figures](outputs/reference/{name}.json){drawn}.*",
+        f"seed{'s' if seeds > 1 else ''} pooled. [Figures](outputs/reference/{name}.json){drawn}.{older(name)}*",
         "",
     ]
     return "\n".join([*lines, *(f"- {sentence(e, rows, labels)}" for e in EXPECTED.get(name, []))]).rstrip()
+
+
+def older(name: str) -> str:
+    """A warning, where other code made a sweep than the run; settings that were other ones then are code's, too."""
+    made = read("made.json") if there("made.json") else {}
+    code, of_the_run = (made[each]["code"] if each in made else {} for each in (name, "run"))
+    if code and all(of_the_run.get(stage, digest) == digest for stage, digest in code.items()):
+        return ""
+    return " **Older than the run above, by another version of the code and of the default run; `make reference` renews it.**"
 
 
 def sentence(expected: More | Falls, rows: Kept, labels: list[str]) -> str:

@@ -52,7 +52,7 @@ def test_what_is_touched_is_done_again():
 def test_ready_made_sweeps(path):
     plan = sweep.plan(str(path))
     top, bases, runs = sweep.combinations(plan)
-    assert plan.about and len(bases) == 3 and len(runs) >= 6
+    assert plan.about and len(bases) == 5 and len(runs) >= 10
     assert top.run == f"cpu-{path.stem}"
 
 

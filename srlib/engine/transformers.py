@@ -284,7 +284,9 @@ class TransformersEngine:
         doubts: dict[Measure, list[float]] = {r.doubt.measure: [] for r in writing if r.doubt}
         logits = passed.take(rows)  # (rows, V)
         if banned := [(row, token) for row, request in enumerate(writing) for token in request.banned]:
-            logits = logits.index_put(torch.tensor(banned, device=logits.device).unbind(1), logits.new_tensor(-torch.inf))
+            logits = logits.index_put(
+                torch.tensor(banned, device=logits.device).unbind(1), logits.new_tensor(-torch.inf)
+            )
         drawn: list[tuple[int, float]] = []  # for each row: the id, the log-probability
         for i in range(0, len(rows), SCORE_POSITIONS):
             part = slice(i, i + SCORE_POSITIONS)
