@@ -161,6 +161,10 @@ def _plan(chosen: Namespace) -> int:
         from srlib.annotation import traces
 
         print(traces.foreseen(p, memory.contexts(p)))
+    if "worth" in p.annotate.methods and "01_annotate" not in p.left_out:
+        from srlib.annotation import worth
+
+        print(worth.foreseen(p))
     if p.hardware.gpus:
         from srlib.cost import hours
 

@@ -44,6 +44,7 @@ def names(pair, tokenizer, tmp_path_factory):
     finally:
         REWARDS.clear()
         REWARDS.update(kept)
+        stages.REGISTERED.clear()
 
 
 def test_the_package(names):
@@ -59,8 +60,7 @@ def test_a_policy(names, prompts):
     assert max(len(trace.handovers) for trace in traces) > 1
 
 
-def test_a_reward(names, monkeypatch):
-    monkeypatch.setattr(stages, "REWARD_NAMES", (*stages.REWARD_NAMES, "brief"))  # as the README says
+def test_a_reward(names):
     assert weights(Grpo(reward_weights={"brief": 0.5}))["brief"] == 0.5
     some = [Rollout("", True, "g", 10, tokens, 0, 0, True, 100, tokens) for tokens in (0, 25, 100)]
     assert REWARDS["brief"](some, None) == [1.0, 0.75, 0.0]

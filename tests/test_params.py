@@ -39,7 +39,7 @@ def test_overrides():
         ({"annotate.threshold": -1}, r"annotate.threshold is -1: input should be greater than 0"),
         (
             {"annotate.method": "guess"},
-            r"annotate.method is 'guess': input should be 'gap', 'judge', 'random', 'entropy' or 'given'",
+            r"annotate.method is 'guess': input should be 'gap', 'judge', 'random', 'entropy', 'worth' or 'given'",
         ),
         ({"arith.min_steps": 9}, r"arith: min_steps 9 is above max_steps 5"),
         ({"arith.small.num_attention_heads": 5}, r"not a multiple"),

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from srlib.data import arith
 from srlib.decoding.scheduler import Offloader
+from srlib.engine.transformers import TransformersEngine
 from srlib.evaluation import completions, stats, tuning
 from srlib.params import Arith, Offload
+from tests.conftest import random_model
 
 CONFIG = Offload(max_tokens=40, batch_size=16)
 traces = st.lists(st.lists(st.floats(0, 1, width=16), min_size=1, max_size=30), min_size=1, max_size=6)
@@ -50,7 +52,7 @@ def test_no_lower_threshold_keeps_to_the_share(doubts, share):
 
 def test_each_baseline_has_the_share_that_is_asked(engines, asked):
     found = tuning.tune(*engines, 0.2, ["entropy", "margin", "confidence"], [1, 3], asked, CONFIG)
-    assert sorted((x.policy.measure, x.policy.chunk) for x in found) == [
+    assert sorted((x.policy.name, x.policy.chunk) for x in found) == [
         (measure, chunk) for measure in ("confidence", "entropy", "margin") for chunk in (1, 3)
     ]
     accuracies = [x.accuracy.value for x in found]
@@ -62,6 +64,16 @@ def test_each_baseline_has_the_share_that_is_asked(engines, asked):
         assert x.row()["n_problems"] == len(asked)
     more = tuning.tune(*engines, 0.5, ["margin"], [2], asked, CONFIG)
     assert more[0].share == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["glimpse", "specreason"])
+def test_a_policy_by_step_has_the_share_that_is_asked(name, tokenizer, asked):
+    loud = tuple(tokenizer.convert_tokens_to_ids([";", "<|endoftext|>"]))
+    two = [TransformersEngine(random_model(len(tokenizer), seed, loud=loud), tokenizer, slots=16) for seed in (7, 8)]
+    (found,) = tuning.tune(*two, 0.3, [name], [1, 3], asked, CONFIG)
+    assert found.policy.name == name and found.policy.ends == tuple(CONFIG.step_ends)
+    assert found.share == pytest.approx(0.3, abs=0.08)
+    assert found.row()["policy"] == name and found.row()["chunk"] is None
 
 
 def test_what_came_of_a_threshold_corrects_the_next(engines, asked, monkeypatch):

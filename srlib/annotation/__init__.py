@@ -2,6 +2,8 @@
 
 - `traces`: the traces, given or written here
 - `annotators`: gap, entropy, random, given; a run of any of them
+- `worth`: what a step is worth, by what becomes of a trace without it
+- `own`: an annotator of one's own
 - `readings`: what models read of the traces, kept
 - `judge`: a language model is asked about each trace once
 - `answers`: what it is asked, and how its answer is read

@@ -3,8 +3,9 @@
 Every annotator writes the same record, spans as character positions in the plain trace, so
 that one can take another's place. `gap` needs no judge: it marks the tokens that the big
 model finds much likelier than the small one, from one forward pass of each. `judge` asks a
-language model (see `srlib.annotation.judge`), `entropy` marks where the small model is unsure, `random` is
-what any of them must beat, and `given` takes the tags that the traces come with.
+language model (see `srlib.annotation.judge`), `entropy` marks where the small model is unsure,
+`worth` where it goes wrong (see `srlib.annotation.worth`), `random` is what any of them must
+beat, and `given` takes the tags that the traces come with.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srlib import SrlibError
-from srlib.annotation import answers, judge, readings, traces
+from srlib.annotation import answers, judge, readings, traces, worth
 from srlib.annotation.alignment import Match, align, cover, units, why
+from srlib.annotation.own import marks
 from srlib.annotation.readings import Passage
-from srlib.data import digests, spans
+from srlib.data import spans
 from srlib.data.journal import Journal
 from srlib.data.problems import told
 from srlib.data.prompts import encode_prompt
@@ -27,7 +29,7 @@ from srlib.data.rows import Annotated, Problem, write_json, write_jsonl
 from srlib.data.spans import Span
 from srlib.engine.models import load_tokenizer
 from srlib.engine.protocol import Engine
-from srlib.params import Annotate, Params
+from srlib.params import Annotate, Params, own
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -298,12 +300,31 @@ def _annotator(
     def doubts() -> Path:
         return readings.journal(folder, p.small, "doubts")
 
+    if own.named(name):
+        return lambda asked: _by_own(p, asked, name, _loaded(small), _loaded(big))
     return {
         "gap": lambda asked: gap(_loaded(small), _loaded(big), asked, config, scores(), hint),
         "entropy": lambda asked: entropy(_loaded(small), asked, config, doubts(), hint),
+        "worth": lambda asked: _worth(p, folder, asked, _loaded(small)),
         "random": lambda asked: random(asked, config, tokenizer, p.seed),
         "given": lambda asked: given(asked, config, tokenizer),
     }[name]
+
+
+def _worth(p: Params, folder: Path, asked: Sequence[Problem | Annotated], small: Engine) -> Iterator[Annotated]:
+    """As `gap`, but for the tokens at which the small model goes wrong; see `srlib.annotation.worth`."""
+    config, hard = p.annotate.worth, p.annotate.model_copy(update={"threshold": p.annotate.worth.jump})
+    with Journal(worth.journal(folder, p)) as journal:
+        found = worth.values(small, asked, config, p.offload, journal, p.annotate.batch_size, p.seed)
+        yield from _by_value(found, "worth", asked, hard, small.tokenizer)
+
+
+def _by_own(
+    p: Params, asked: Sequence[Problem | Annotated], name: str, small: Engine, big: Engine
+) -> Iterator[Annotated | str]:
+    """Settled as the spans of a judge are."""
+    for problem, marked in zip(asked, marks(name, asked, small, big)):
+        yield _of_passages(problem, marked, p.annotate, small.tokenizer, name)
 
 
 def _loaded(engine: Engine | None) -> Engine:
@@ -321,8 +342,8 @@ def _judged(
         f"{len(asked)} traces: about {expected.prompt_tokens:,} tokens to read and "
         f"{expected.completion_tokens:,} to write, cost {expected.cost(config.judge):.2f}"
     )
-    with Journal(folder / f"judge-{_digest(p)}.journal.jsonl") as journal:
-        judge.ask(_judge(p, journal), asked, config, journal, expected)
+    with Journal(folder / f"judge-{judge.digest(p)}.journal.jsonl") as journal:
+        judge.ask(judge.chosen(p, journal), asked, config, journal, expected)
         records = [journal.records[traces.key(problem)] for problem in asked]
     usage = answers.Usage()
     made: list[Annotated | str] = []
@@ -370,25 +391,6 @@ def _how(snippet: str, match: Match | None, trace: str) -> str:
     if match.score < 1:
         return FOUND[2]
     return FOUND[0] if snippet.strip() in trace else FOUND[1]
-
-
-def _judge(p: Params, journal: Journal) -> judge.Asked:
-    config = p.annotate.judge
-    if config.local is None:
-        return judge.server(config, journal)
-    from srlib import engine
-
-    slots = p.annotate.batch_size
-    return judge.Local(config, engine.load(config.local, slots), slots, p.seed)
-
-
-def _digest(p: Params) -> str:
-    """Of all that decides what a judge answers; a journal keeps its name as settings come to be."""
-    config = p.annotate
-    asked = config.judge.model_dump(include={"model", "base_url", "local", "temperatures", "max_tokens"})
-    if config.judge.extra_body:
-        asked["extra_body"] = config.judge.extra_body
-    return digests.of([asked, config.share, answers.PROMPT, p.seed if config.judge.local else None], 8)
 
 
 def _cut(span: Span, size: int, whole: Sequence[Span]) -> Iterator[Span]:

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm.auto import tqdm
 
 from srlib import SrlibError
-from srlib.annotation import traces
+from srlib.annotation import answers, traces
 from srlib.annotation.answers import CUT, Answer, Usage, Verdict, prompt_of
 from srlib.annotation.batch import Batch, under_way
 from srlib.annotation.endpoint import Endpoint, judged, limit
+from srlib.data import digests
 from srlib.data.journal import Journal
 from srlib.data.rows import Problem
 from srlib.engine.protocol import Engine
-from srlib.params import Annotate, Judge
+from srlib.params import Annotate, Judge, Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -201,3 +202,23 @@ class Local:
             yield from left
             if self._fault:
                 raise SrlibError(self._fault)
+
+
+def chosen(p: Params, journal: Journal) -> Asked:
+    """The judge that the params name."""
+    config = p.annotate.judge
+    if config.local is None:
+        return server(config, journal)
+    from srlib import engine
+
+    slots = p.annotate.batch_size
+    return Local(config, engine.load(config.local, slots), slots, p.seed)
+
+
+def digest(p: Params) -> str:
+    """Of all that decides what a judge answers; a journal keeps its name as settings come to be."""
+    config = p.annotate
+    asked = config.judge.model_dump(include={"model", "base_url", "local", "temperatures", "max_tokens"})
+    if config.judge.extra_body:
+        asked["extra_body"] = config.judge.extra_body
+    return digests.of([asked, config.share, answers.PROMPT, p.seed if config.judge.local else None], 8)

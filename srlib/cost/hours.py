@@ -20,6 +20,7 @@ SHARE = 0.1  # of its tokens that a trained policy hands over
 # Seconds to launch the kernels of one layer: from Python some thirty, at ten to twenty microseconds; as CUDA graphs few.
 LAUNCH = {"transformers": 5e-4, "vllm": 2e-5}
 BACKWARD = 1.0  # of a forward pass: of frozen weights no gradients are worked out, but what stands before them has some
+STEP = 64  # tokens of a step of a trace
 TRIES = 4  # of a threshold in stage 05 (see `srlib.evaluation.tuning`)
 
 
@@ -107,10 +108,13 @@ def _write(p: Params, traces: float, share: float, stage: str = "04_offload", sl
 
 
 def _annotate(p: Params) -> float:
-    """Each model reads each trace once."""
+    """Each model reads each trace once; others are written."""
     held, a, length = memory.models(p, "01_annotate"), p.annotate, _read(p)
     read = [cost(p, held[side]) for side in a.engines]
     seconds = sum(a.n_traces / a.batch_size * c.seconds(a.batch_size, a.batch_size * length) for c in read)
+    if "worth" in a.methods:  # from each step on, half a trace in the mean
+        traces = a.n_traces if a.method == "worth" else a.n_compare
+        seconds += _write(p, traces * a.worth.continuations * length / STEP / 2, 0.0)
     return seconds + (_write(p, a.n_traces * a.tries, 1.0) if a.tries else 0.0)
 
 
@@ -145,8 +149,9 @@ def _evaluate(p: Params) -> float:
         "small": [0.0], "big": [1.0], "learned": [SHARE], "grpo": [SHARE], "learned_off": [0.0],
         "rejection": [SHARE * (1 - refused) for refused in e.rejections], "random": [*e.random_shares, SHARE],
         "entropy": [SHARE], "margin": [SHARE], "confidence": [SHARE], "speculative": [1 / e.draft_tokens],
+        "glimpse": [SHARE], "specreason": [SHARE],
     }  # fmt: skip
-    seconds = sum(_write(p, traces, share) for name in e.policies for share in shares[name])
+    seconds = sum(_write(p, traces, share) for name in e.policies for share in shares.get(name, [SHARE]))
     seconds += _write(p, e.n_tuned * TRIES * len(e.chunks) * len(p.to_tune), SHARE)
     if "learned" in e.policies:  # half a trace is written again for each request
         requests = e.n_refused * how.samples * SHARE * _length(p) / p.offload.span_budget

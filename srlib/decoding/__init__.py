@@ -3,6 +3,7 @@
 - `trace`: what they wrote
 - `policies`: who writes what
 - `writer`: the writing of one trace, what a policy may do with it
+- `steps`: a trace in steps; one that the big model judges
 - `scheduler`: many traces at a time, the `Offloader`
 - `translate`: how two models of different vocabularies meet
 """

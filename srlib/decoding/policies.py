@@ -7,13 +7,18 @@ policies read the small model's tags; the baselines need no training.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from math import floor
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, get_args
 
+from srlib import SrlibError
 from srlib.data import spans
+from srlib.decoding.steps import judged
 from srlib.decoding.writer import Steps, Writer
 from srlib.engine.protocol import Doubt, Measure
+from srlib.params import own
+from srlib.params.stages import PolicyName
 
 
 class Policy(Protocol):
@@ -133,6 +138,51 @@ class Unsure(Policy):
 
 
 @dataclass(frozen=True)
+class Glimpse(Policy):
+    """A step is the big model's where the small one is unsure of its first token (GlimpRouter, arXiv 2601.05110).
+
+    Args:
+        threshold: entropy of the step's first token, in nats; above it the big model writes the step.
+        ends: texts that a step ends with.
+    """
+
+    threshold: float
+    ends: tuple[str, ...]
+    name: str = "glimpse"
+
+    def write(self, writer: Writer) -> Steps:
+        while not writer.done:
+            first = yield from writer.small_writes(1, doubt=Doubt("entropy", self.threshold), until=self.ends)
+            if first == "unsure":
+                yield from writer.big_writes(writer.left, self.ends)
+            elif first is None and not writer.done:
+                yield from writer.small_writes(writer.left, until=self.ends)
+
+
+@dataclass(frozen=True)
+class SpecReason(Policy):
+    """The small model writes a step; the big one judges it, and writes it again if it does not like it (arXiv 2504.07891).
+
+    Deviation: there the big model is asked for a mark from 0 to 9. Here it is its mean log-probability of the step's
+    tokens, which any model has, and which takes nothing but to read the step.
+
+    Args:
+        threshold: minus that mean, in nats; above it the big model writes the step.
+        ends: texts that a step ends with.
+    """
+
+    one_vocabulary = True
+
+    threshold: float
+    ends: tuple[str, ...]
+    name: str = "specreason"
+
+    def write(self, writer: Writer) -> Steps:
+        while not writer.done:
+            yield from judged(writer, self.ends, self.threshold)
+
+
+@dataclass(frozen=True)
 class Speculative(Policy):
     """The small model drafts `draft` tokens, the big one checks them in one pass: the text of the big model alone.
 
@@ -147,3 +197,26 @@ class Speculative(Policy):
     def write(self, writer: Writer) -> Steps:
         while not writer.done:
             yield from writer.draft(self.draft)
+
+
+def named(name: str) -> Policy:
+    """The policy of one's own that `evaluate.policies` names as `path.py:name`: an instance, or a class made without arguments.
+
+    Raises:
+        SrlibError: there is none, it is no policy, or its name is none that its results can have.
+    """
+    found = own.load(name)
+    if isinstance(found, type):
+        try:
+            found = found()
+        except TypeError as error:
+            raise SrlibError(f"The policy {name} cannot be made: {error}.") from error
+    if Policy not in type(found).__mro__:
+        raise SrlibError(f"The policy {name} is {found!r}; it has to be a subclass of srlib.decoding.policies.Policy.")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", str(getattr(found, "name", ""))) or found.name in get_args(PolicyName):
+        raise SrlibError(
+            f"The policy {name} has the name {getattr(found, 'name', '')!r}; give it one of its own (`name`), of letters, "
+            "digits, - and _."
+        )
+    policy: Policy = found
+    return policy

@@ -173,14 +173,24 @@ class Writer:
         self.small.close()
         self.big.close()
 
+    def keep(self, ids: list[int], owner: int, logprobs: list[float], ended: bool) -> None:
+        """Write down what a model has written outside of the methods below, and whether the text ended with it."""
+        self._append(ids, owner, logprobs)
+        self._end_if(ended)
+
     def count(self) -> None:
         """Note in the trace what each model has processed for it."""
         self.trace.small_forward_tokens, self.trace.big_forward_tokens = self.small.forwarded, self.big.forwarded
 
     def small_writes(
-        self, n: int, tags: bool = False, doubt: Doubt | None = None, inside: bool = False
+        self,
+        n: int,
+        tags: bool = False,
+        doubt: Doubt | None = None,
+        inside: bool = False,
+        until: tuple[str, ...] = (),
     ) -> Generator[Request, None, str | None]:
-        """Up to `n` tokens by the small model, up to a tag with `tags`, or to where it is unsure.
+        """Up to `n` tokens by the small model, up to a tag with `tags`, to where it is unsure, or to a text of `until`.
 
         Args:
             inside: it writes a span itself, and may close it. Outside of spans a closing tag that is a token is not
@@ -188,10 +198,10 @@ class Writer:
             doubt: a token of which the model is less sure is not written.
 
         Returns:
-            the tag it ended with, `unsure`, or None.
+            the tag or the text it ended with, `unsure`, or None.
         """
         o, eos, start = self.o, self.o.small_eos, len(self.trace.ids)
-        ends = o.tag_ends if tags else {"stops": eos}
+        ends = o.tag_ends if tags else {"stops": eos, "stop_texts": until}
         end = start + min(n, self.left)
         while True:
             before = len(self.trace.ids)
@@ -215,17 +225,20 @@ class Writer:
                 self._show(start, STOP_TAIL if tags and o.plain_tags else 0)
                 self.big.read()
         stopped = request.stopped
-        tag = self._settle(stopped) if isinstance(stopped, str) else o.tag_of.get(stopped or ())
+        if isinstance(stopped, str):
+            tag = self._settle(stopped) if tags else None
+        else:
+            tag = o.tag_of.get(stopped or ())
         self._shaky = 0
         self._end_if(stopped in eos)
         if not self.done:
             self._show(start, len(o.ids_of[tag]) if tag else 0, last=True)
-        return tag or ("unsure" if request.unsure else None)
+        return tag or ("unsure" if request.unsure else stopped if isinstance(stopped, str) else None)
 
-    def big_writes(self, n: int) -> Steps:
-        """Up to `n` tokens by the big model."""
+    def big_writes(self, n: int, until: tuple[str, ...] = ()) -> Steps:
+        """Up to `n` tokens by the big model, or to a text of `until`."""
         start, began = len(self.trace.ids), self.o.clock()
-        ended = yield from self._big_chunk(self._ask_big(n), last=True, live=self.o.bridge.same)
+        ended = yield from self._big_chunk(self._ask_big(n, until), last=True, live=self.o.bridge.same)
         self._end_if(ended)
         self._handover(start, len(self.trace.ids), self.trace.finish or "chunk", began)
 
@@ -307,8 +320,8 @@ class Writer:
         self._end_if((token,) in eos)
         self._handover(start, start + 1, self.trace.finish or "draft", began)
 
-    def _ask_big(self, n: int) -> Request:
-        return self.big.request(max_new=min(n, self.left), stops=self.o.big_eos, live=self._live)
+    def _ask_big(self, n: int, until: tuple[str, ...] = ()) -> Request:
+        return self.big.request(max_new=min(n, self.left), stops=self.o.big_eos, stop_texts=until, live=self._live)
 
     def _big_chunk(self, request: Request, last: bool = False, live: bool = False) -> Generator[Request, None, bool]:
         """What `request` has the big model write; returns whether the text ended."""
@@ -316,7 +329,7 @@ class Writer:
         yield request
         self._under_way = None
         self.big.answered(request)
-        ended, same = request.stopped is not None, self.o.bridge.same
+        ended, same = request.stopped in self.o.big_eos, self.o.bridge.same
         written = request.ids if same or not ended else request.ids[:-1]
         ids = self.to_small.feed(written, last or ended)
         self._unfed = len(request.ids) - len(written)  # the big model's end of text is no text

@@ -88,7 +88,7 @@ class Request:
 
     With `max_new=0` it is an *extend*: for each of the last `ask` ids of `feed`, `own` answers
     which token the model itself would have written after it, and `watched` the log-probability of
-    `watch` there. Both come from the forward pass that reads `feed`. With `ask=0` it only reads.
+    `watch` there, one id or one for each place. Both come from the forward pass that reads `feed`. With `ask=0` it only reads.
 
     `logprobs` and `watched` are those of the distribution at the sequence's temperature, before
     `top_k` and `top_p` cut it.
@@ -103,7 +103,7 @@ class Request:
     doubt: Doubt | None = None  # ends before a token of which the model is less sure
     banned: tuple[int, ...] = ()  # ids that are not decoded: probabilities are those among all others
     ask: int = 0
-    watch: int | None = None
+    watch: int | tuple[int, ...] | None = None
     live: bool = False  # `ids` grows token by token while it is under way, in a running engine, too
 
     start: int | None = None  # length of the sequence before `feed`, set by `submit`

@@ -280,7 +280,7 @@ class TransformersEngine:
             end = len(request.sequence.ids)
             rows += range(first, first + request.ask)
             at += [(request.sequence.sampling, i) for i in range(end - request.ask + 1, end + 1)]
-            watched += [request.watch] * request.ask
+            watched += request.watch if isinstance(request.watch, tuple) else [request.watch] * request.ask
         doubts: dict[Measure, list[float]] = {r.doubt.measure: [] for r in writing if r.doubt}
         logits = passed.take(rows)  # (rows, V)
         if banned := [(row, token) for row, request in enumerate(writing) for token in request.banned]:

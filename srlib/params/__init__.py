@@ -6,6 +6,7 @@
 - `loading`: from a file or a notebook to checked values; a sentence where they are wrong
 - `written`: YAML as it is written, text as text
 - `reference`: every setting in words, what `python -m srlib params` prints
+- `own`: functions and classes of one's own, named by their file
 - `names`: the nearest name to one that is none
 - `paths`: the clone, and paths as they are seen from here
 - `secrets`: keys and passwords, which are never written down
@@ -34,11 +35,12 @@ from srlib.params.stages import (
     Offload,
     Sft,
     Source,
+    Worth,
     slots_for,
 )
 
 __all__ = [
     "ROOT", "Annotate", "Arith", "ArithModel", "Base", "Bench", "Data", "Evaluate", "Grpo", "Hardware", "Judge",
-    "Latency", "ModelSpec", "Offload", "Pair", "Params", "Section", "Sft", "Source", "build", "find",
-    "from_notebook", "here", "load", "nearest", "parse_override", "read_file", "slots_for",
+    "Latency", "ModelSpec", "Offload", "Pair", "Params", "Section", "Sft", "Source", "Worth", "build",
+    "find", "from_notebook", "here", "load", "nearest", "parse_override", "read_file", "slots_for",
 ]  # fmt: skip

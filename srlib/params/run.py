@@ -95,7 +95,8 @@ class Params(Section):
     def to_tune(self) -> list[str]:
         """Policies of stage 05 whose thresholds are set on problems to train on; none where there are no such problems."""
         alike = self.data.traces is not None or self.data.test is None or self.data.test.path == "arith"
-        return [name for name in ("entropy", "margin", "confidence") if alike and name in self.evaluate.policies]
+        tuned = ("entropy", "margin", "confidence", "glimpse", "specreason")
+        return [name for name in tuned if alike and name in self.evaluate.policies]
 
     @property
     def rollout_slots(self) -> int:

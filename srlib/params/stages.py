@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from srlib.params.models import ModelSpec, Section
 from srlib.params.names import unknown
+from srlib.params.own import OR_OWN, named
 from srlib.params.paths import find
 from srlib.params.secrets import Address, Variable
 from srlib.params.written import Anything, Plain
@@ -181,16 +182,30 @@ class Judge(Section):
         return self
 
 
-Method = Literal["gap", "judge", "random", "entropy", "given"]
+class Worth(Section):
+    """How the worth of a step is measured: by what becomes of a trace where the small model goes on without it."""
+
+    continuations: int = Field(8, ge=1, description="that the small model writes from each place between two steps")
+    temperature: float = Field(1.0, gt=0, description="at which it writes them, in place of offload.temperature")
+    jump: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="share of the continuations right behind a step that end wrong without it; more, and it is hard",
+    )
+
+
+Method = Literal["gap", "judge", "random", "entropy", "worth", "given"]
 
 
 class Annotate(Section):
     """Which parts of a trace the big model should write."""
 
-    method: Method = Field(
+    method: Annotated[Method, *OR_OWN] = Field(
         "gap",
         description="gap: where the big model is much surer; judge: what a judge names; random: anything; "
-        "entropy: where the small model is unsure; given: what the traces' own tags mark",
+        "entropy: where the small model is unsure; worth: what it ends wrong without (minutes to hours); "
+        "given: what the traces' own tags mark; path.py:name: a function of your own",
     )
     n_traces: int = Field(4000, ge=1, description="traces to annotate, drawn at random")
     tries: int = Field(0, ge=0, description="traces the big model writes until one is right; 0: they are given")
@@ -208,11 +223,12 @@ class Annotate(Section):
     max_share: float = Field(0.3, gt=0, le=1, description="most of a trace that may be marked, in tokens")
     min_score: float = Field(0.85, gt=0.5, le=1, description="likeness from which a passage is what a judge quotes")
     batch_size: int = Field(128, ge=1, description="traces that a model reads at a time")
-    compare: list[Literal["gap", "random", "entropy"]] = Field(
+    compare: list[Literal["gap", "random", "entropy", "worth"]] = Field(
         ["random", "entropy"], description="annotators put beside the chosen one"
     )
     n_compare: int = Field(500, ge=1, description="traces on which they are compared, drawn at random")
     judge: Judge = Field(Judge(), description="who is asked with method judge")
+    worth: Worth = Field(Worth(), description="how worth is measured")
 
     @model_validator(mode="after")
     def _someone_to_ask(self) -> Annotate:
@@ -230,11 +246,17 @@ class Annotate(Section):
         return self
 
     @property
+    def methods(self) -> set[str]:
+        """The annotators that mark something."""
+        return {self.method, *self.compare}
+
+    @property
     def engines(self) -> tuple[str, ...]:
         """The models of the pair that are loaded for it."""
-        methods = {self.method, *self.compare}
-        small = "small" if methods & {"gap", "entropy"} else None
-        big = "big" if "gap" in methods or self.tries else None
+        methods = self.methods
+        mine = any(map(named, methods))
+        small = "small" if mine or methods & {"gap", "entropy", "worth"} else None
+        big = "big" if mine or "gap" in methods or self.tries else None
         return tuple(side for side in (small, big) if side)
 
 
@@ -321,6 +343,9 @@ class Latency(Section):
 REWARD_NAMES = ("accuracy", "scaffold", "tag_count", "coverage", "latency", "help_seeking", "overlong")
 
 
+REGISTERED: set[str] = set()  # names of others, given in a notebook; see `srlib.training.rewards.register`
+
+
 class Grpo(Section):
     """Reinforcement of the tuned small model, by TRL's GRPO."""
 
@@ -331,8 +356,8 @@ class Grpo(Section):
     preset: Literal["offload", "paper", "relay"] = Field("offload", description="ready-made weights of the rewards")
     reward_weights: dict[str, float] = Field(
         {},
-        description=f"laid over those of the preset, for each of {', '.join(REWARD_NAMES)}; scale_rewards decides what "
-        "a weight does",
+        description=f"laid over those of the preset, for each of {', '.join(REWARD_NAMES)}, and path.py:name, a function of "
+        "your own; scale_rewards decides what a weight does",
     )
     coverage_target: float = Field(0.4, gt=0, lt=1, description="offload share at which the reward coverage is highest")
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
@@ -414,8 +439,8 @@ class Grpo(Section):
                 "by its group's standard deviation, and their sum by the batch's"
             )
         for name in self.reward_weights:
-            if name not in REWARD_NAMES:
-                raise ValueError(f"reward_weights: {unknown(name, list(REWARD_NAMES))}")
+            if name not in (known := {*REWARD_NAMES, *REGISTERED}) and not named(name):
+                raise ValueError(f"reward_weights: {unknown(name, sorted(known))}")
         return self
 
 
@@ -452,12 +477,17 @@ class Offload(Section):
         0.0, ge=0, description="traces under way beyond batch_size, as a part of it: they stand in for those at the big"
     )
     hint: str = Field("", description="put behind every problem that is written; for a model trained with one")
+    step_ends: list[Annotated[str, Field(min_length=1)]] = Field(
+        [";", "\n"],
+        min_length=1,
+        description="texts that a step of a trace ends with: for annotate.method worth, glimpse and specreason",
+    )
     n_demo: int = Field(64, ge=1, description="problems in the batch of notebook 04")
 
     @property
     def settings(self) -> dict[str, Any]:
         """The keyword arguments of an `Offloader`."""
-        return self.model_dump(exclude={"n_demo"})
+        return self.model_dump(exclude={"n_demo", "step_ends"})
 
     @property
     def slots(self) -> int:
@@ -467,8 +497,9 @@ class Offload(Section):
 
 Alone = Literal["small", "big"]
 Trained = Literal["learned", "grpo", "learned_off", "rejection"]
-Untrained = Literal["random", "entropy", "margin", "confidence", "speculative"]
-PolicyName = Literal[Alone, Trained, Untrained]
+Doubting = Literal["entropy", "margin", "confidence"]
+ByStep = Literal["glimpse", "specreason"]
+PolicyName = Literal[Alone, Trained, "random", Doubting, "speculative", ByStep]
 
 
 class Evaluate(Section):
@@ -488,10 +519,11 @@ class Evaluate(Section):
     n_refused: int = Field(
         300, ge=0, description="problems in which each request of the policy learned is refused once; 0: none"
     )
-    policies: list[PolicyName] = Field(
-        list(get_args(PolicyName)),
+    policies: list[Annotated[PolicyName, *OR_OWN]] = Field(
+        [name for name in get_args(PolicyName) if name not in get_args(ByStep)],
         min_length=1,
-        description="each model alone; tuned; reinforced; tuned but never answered; baselines; in any order",
+        description="each model alone; tuned; reinforced; tuned but never answered; baselines, two of them by step (glimpse, "
+        "specreason), and path.py:name, a class of your own; in any order",
     )
     random_shares: list[float] = Field(
         [0.05, 0.1, 0.2, 0.4, 0.7],
@@ -509,7 +541,8 @@ class Evaluate(Section):
     n_tuned: int = Field(
         200,
         ge=2,
-        description="entropy, margin, confidence: problems to train on, by which their thresholds and chunks are chosen",
+        description="entropy, margin, confidence, glimpse, specreason: problems to train on, by which their thresholds and "
+        "chunks are chosen",
     )
     draft_tokens: int = Field(4, ge=1, description="speculative: tokens the small model drafts")
 

@@ -24,7 +24,7 @@ from srlib.data.rows import read_json, write_json
 from srlib.params.paths import find, here
 from srlib.params.run import Params
 from srlib.run.locks import HOLDER, LOCK
-from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, Stage, artefacts, needed, settings
+from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, Stage, artefacts, needed, own_of, settings
 
 # Packages that decide what comes out of a stage, by their name in the code; what draws, prints and sums is none.
 PACKAGES = "torch transformers tokenizers trl peft accelerate datasets math_verify reasoning_gym rapidfuzz".split()
@@ -202,7 +202,9 @@ class Manifest:
     def _inputs(self, stage: Stage) -> list[str]:
         """Files and folders a stage reads, as far as they are here."""
         found = artefacts(self.p)
-        return [here(path) for name in stage.reads for path in found[name].paths if Path(path).exists()]
+        paths = [path for name in stage.reads for path in found[name].paths if Path(path).exists()]
+        files = [name.rpartition(":")[0] for name in own_of(self.p, stage.name)]
+        return [*map(here, paths), *filter(find, files)]
 
     def _outputs(self, name: str, asked: Callable[[str], bool] = bool) -> dict[str, str]:
         """Digest of each file of a stage that is `asked` for; its notebook and figures may be made again by hand."""

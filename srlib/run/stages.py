@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from srlib import SrlibError
 
 if TYPE_CHECKING:
+    from srlib.decoding.policies import Policy
     from srlib.params.models import ModelSpec
     from srlib.params.run import Params
     from srlib.params.stages import Source
@@ -54,7 +55,7 @@ STAGES = {
             "01_annotate",
             ("annotate", *PAIR, "data.traces", "offload.hint", "sft.max_length"),
             ("pair", "traces"),
-            {"offload": lambda p: p.annotate.tries, **TRACES},
+            {"offload": lambda p: p.annotate.tries or "worth" in p.annotate.methods, **TRACES},
         ),
         Stage("02_sft", ("sft", "offload", *TUNED, "data.test"), ("pair", "annotated", "test"), TEST),
         Stage(
@@ -127,8 +128,41 @@ def require(p: Params, stage: str, made_now: Sequence[str] = ()) -> None:
         raise SrlibError(f"{stage}: {error}") from None
 
 
+def own_of(p: Params, stage: str) -> list[str]:
+    """What a stage uses of the user's own, as `path.py:name`; the files are part of what it depends on."""
+    from srlib.params.own import named
+
+    names: dict[str, list[str]] = {
+        "01_annotate": [p.annotate.method],
+        "03_grpo": [*p.grpo.reward_weights],
+        "05_evaluate": [*p.evaluate.policies],
+    }
+    return [name for name in names.get(stage, []) if named(name)]
+
+
+def _own_policies(p: Params) -> list[Policy]:
+    names = own_of(p, "05_evaluate")
+    if not names:
+        return []
+    from srlib.decoding import policies
+
+    return [policies.named(name) for name in names]
+
+
 def _passed_on(p: Params, stage: str) -> None:
-    """Have the libraries check what a training passes on to them; where that is nothing they are not imported."""
+    """Have the libraries check what a training passes on to them; where that is nothing they are not imported.
+
+    And see to it that what is the user's own can be used.
+    """
+    if own_of(p, "01_annotate") and stage == "01_annotate":
+        from srlib.annotation import own
+
+        own.annotator(p.annotate.method)
+    if stage == "03_grpo":
+        for name in own_of(p, stage):
+            from srlib.training import rewards
+
+            rewards.named(name)
     if stage == "02_sft" and (p.sft.trainer or p.sft.lora or p.sft.report_to != "none"):
         from srlib.training import sft
 
@@ -151,7 +185,9 @@ def _others(p: Params, stage: str, made_now: Sequence[str]) -> list[ModelSpec]:
 
 def needed(p: Params, stage: str) -> list[str]:
     """The artefacts that a stage reads; stage 05 needs no model that no policy writes with, and no traces to tune nothing."""
-    policies = {*p.evaluate.policies}
+    policies: set[str] = {*p.evaluate.policies}
+    if stage == "05_evaluate" and any(policy.tags for policy in _own_policies(p)):
+        policies.add("learned")  # it writes with the tuned model, too
     idle = {name for name, with_it in WRITTEN_WITH.items() if not policies & with_it}
     idle |= set() if p.to_tune else {"traces"}
     return [name for name in STAGES[stage].reads if stage != "05_evaluate" or name not in idle]

@@ -32,7 +32,7 @@ from srlib.engine.protocol import Engine
 from srlib.params import Grpo, ModelSpec, Offload, Params
 from srlib.training.credit import Credited
 from srlib.training.launch import on_one_device
-from srlib.training.rewards import REWARDS, Rollout, Targets, weights
+from srlib.training.rewards import Rollout, Targets, pay, weights
 from srlib.training.rollouts import Rollouts, Synchronised
 from srlib.training.trainer import (
     NoStepAtZero,
@@ -215,7 +215,7 @@ def _for_trl(name: str, targets: Targets, logs: bool) -> Callable[..., list[floa
     ) -> list[float]:
         if logs:
             log_metric("offload_share", sum(r.share for r in rollout) / len(rollout))
-        return REWARDS[name](rollout, targets)
+        return pay(name, rollout, targets)
 
     reward.__name__ = name
     return reward

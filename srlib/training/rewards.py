@@ -12,10 +12,12 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
+from srlib import SrlibError
 from srlib.cost.latency import PairSpeed
 from srlib.data.spans import CLOSE, OPEN
-from srlib.params import Grpo
+from srlib.params import Grpo, own, stages
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,55 @@ PRESETS: dict[str, dict[str, float]] = {
     "paper": {"accuracy": 1.0, "scaffold": 1.0, "tag_count": 1.0, "coverage": 2.0},
     "relay": {"help_seeking": 1.0},
 }
+
+
+def register(reward: Reward) -> Reward:
+    """Pay for `reward` under its own name, in this process: for a cell of a notebook, before the params name it.
+
+    For good, and where several processes train, a reward stands in a file, which the params name as `path.py:name`.
+
+    Raises:
+        SrlibError: it takes something else than rollouts and targets.
+    """
+    own.takes(reward, f"The reward {reward.__name__}", "rollouts", "targets")
+    REWARDS[reward.__name__] = reward
+    stages.REGISTERED.add(reward.__name__)
+    return reward
+
+
+def named(name: str) -> Reward:
+    """The reward of a name that `grpo.reward_weights` has.
+
+    Raises:
+        SrlibError: there is none, or one of one's own takes something else.
+    """
+    if not own.named(name):
+        if name not in REWARDS:
+            raise SrlibError(
+                f"The reward {name} was registered in another process; name it by its file, as path.py:{name}."
+            )
+        return REWARDS[name]
+    found: Reward = own.load(name)
+    own.takes(found, f"The reward {name}", "rollouts", "targets")
+    return found
+
+
+def pay(name: str, rollouts: Sequence[Rollout], targets: Targets) -> list[float]:
+    """What a reward gives, one finite number for each rollout.
+
+    Raises:
+        SrlibError: it gives something else.
+    """
+    given = named(name)(rollouts, targets)
+    try:
+        paid = [float(value) for value in given]
+    except (TypeError, ValueError):
+        raise SrlibError(f"The reward {name} gave {given!r}, which is no list of numbers.") from None
+    if len(paid) != len(rollouts):
+        raise SrlibError(f"The reward {name} gave {len(paid)} numbers for {len(rollouts)} rollouts.")
+    if wrong := [value for value in paid if not isfinite(value)]:
+        raise SrlibError(f"The reward {name} gave {wrong[0]}, which is no finite number.")
+    return paid
 
 
 def weights(config: Grpo) -> dict[str, float]:

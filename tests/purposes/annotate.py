@@ -6,9 +6,10 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from srlib.annotation import annotators, traces
+from srlib.annotation import annotators, traces, worth
 from srlib.annotation.answers import prompt_of
 from srlib.data import arith
+from srlib.data.journal import Journal
 from srlib.data.rows import Annotated, Problem, write_jsonl
 from srlib.params import Params
 from tests.judge_server import JudgeServer
@@ -170,3 +171,48 @@ def how_many_are_compared(case: Case) -> None:
     marked = annotators.compare(p, case.folder, made, *case.fixture("engines"))
     assert {name: len(of) for name, of in marked.items()} == {"gap": 7, "random": 7}
     assert {row.id for row in marked["gap"]} != {row.id for row in made[:7]}  # those are the shortest
+
+
+def continued(case: Case, changes: dict[str, Any]) -> tuple[list[list[float]], list[dict[str, Any]]]:
+    """What worth finds in three traces where a continuation is right by its number of sevens, and what is kept."""
+    p = case.params({"annotate.method": "worth", "offload.max_tokens": 40, "annotate.worth.jump": 0.1, **changes})
+    small, _ = case.fixture("engines")
+
+    def verdict(text: str, problem: Problem, hint: str) -> SimpleNamespace:
+        return SimpleNamespace(correct=text.count("7") % 3 == 0)
+
+    with case.fixture("monkeypatch").context() as patch:
+        patch.setattr(worth, "verdict", verdict)
+        with Journal(worth.journal(case.folder, p)) as journal:
+            found = list(worth.values(small, worked(3), p.annotate.worth, p.offload, journal, 4, 0))
+            return found, list(journal.records.values())
+
+
+@shows("annotate.worth.continuations")
+def continuations_from_a_place(case: Case) -> None:
+    _, kept = continued(case, {case.key: 3})
+    assert {len(each["found"]) for each in kept} == {3}
+
+
+@shows("annotate.worth.temperature")
+def at_which_continuations_are_written(case: Case) -> None:
+    small, _ = case.fixture("engines")
+    opened, real = [], small.open
+    with case.fixture("monkeypatch").context() as patch:
+        patch.setattr(small, "open", lambda ids, sampling: opened.append(sampling.temperature) or real(ids, sampling))
+        continued(case, {case.key: 0.4, "offload.temperature": 0.9})
+    assert set(opened) == {0.4}
+
+
+@shows("annotate.worth.jump")
+def the_jump_of_a_hard_step(case: Case) -> None:
+    few, many = ([v for row in continued(case, {case.key: jump})[0] for v in row if v] for jump in (0.7, 0.0))
+    assert len(few) < len(many) and all(value > 0.7 for value in few)
+
+
+@shows("offload.step_ends")
+def where_steps_end(case: Case) -> None:
+    tokenizer = case.fixture("tokenizer")
+    (one,) = worth._worked(tokenizer, worked(1), case.params({case.key: ["="]}).offload)
+    tokens = tokenizer.convert_ids_to_tokens(one.ids)
+    assert len(one.steps) > 3 and {tokens[at - 1] for at in one.steps[1:-1]} == {"="}

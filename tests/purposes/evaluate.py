@@ -80,6 +80,9 @@ def traces_of_a_problem(case: Case) -> None:
 def which_policies_write(case: Case) -> None:
     some = ["speculative", "grpo", "learned_off", "small"]
     assert set(policies(case, policies=some)) == set(policies(case, policies=some[::-1])) == set(some)
+    mine = case.folder / "mine.py"
+    mine.write_text("from srlib.decoding.policies import Never\nwaits = Never('waits')\n")
+    assert set(policies(case, policies=["small", f"{mine}:waits"])) == {"small", "waits"}
 
 
 @shows("evaluate.random_shares")
@@ -110,7 +113,7 @@ def tuned(case: Case, **settings: Any) -> dict[str, Any]:
 
     def tune(*args: Any) -> list[Any]:
         given.update(taken.bind(*args).arguments)
-        return [Tuned(Unsure(x, 1.0, 2, x), 0.2, Estimate(0.5, 0.4, 0.6, 8, 1)) for x in given["measures"]]
+        return [Tuned(Unsure(x, 1.0, 2, x), 0.2, Estimate(0.5, 0.4, 0.6, 8, 1)) for x in given["names"]]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "tune", tune)

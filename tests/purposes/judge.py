@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from srlib import SrlibError, engine
-from srlib.annotation import annotators, batch, endpoint
+from srlib.annotation import annotators, batch, endpoint, judge
 from srlib.params import ModelSpec, Params
 from tests.judge_server import JudgeServer, hard_steps
 from tests.purposes import Case, shows
@@ -204,5 +204,5 @@ def a_judge_here_is_loaded_as_it_is_set(case: Case) -> None:
     case.fixture("monkeypatch").setattr(engine, "load", lambda spec, slots: loaded.append(spec))
     vllm = {"engine": "vllm"} if setting in VLLM or setting in ("ray", "eager") else {}
     p = case.params({"annotate.method": "judge", LOCAL: {"path": "judge", **vllm}, case.key: OTHERS[setting]})
-    annotators._judge(p, None)
+    judge.chosen(p, None)
     assert [getattr(spec, setting) for spec in loaded] == [OTHERS[setting]]

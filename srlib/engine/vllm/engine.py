@@ -249,20 +249,23 @@ class VllmEngine(Running):
     async def _extend(self, request: Request, ids: list[int]) -> None:
         """For each place that is asked about, a request of one token to vLLM."""
         ends = range(len(ids) - max(request.ask, 1) + 1, len(ids) + 1)
-        answers = await gather(self._answer(request, ids[:end]) for end in ends)
-        for end, (token, logprobs, cached) in zip(ends, answers):
+        watch = request.watch if isinstance(request.watch, tuple) else (request.watch,) * len(ends)
+        answers = await gather(self._answer(request, ids[:end], each) for end, each in zip(ends, watch))
+        for end, each, (token, logprobs, cached) in zip(ends, watch, answers):
             self._count(request.sequence, end, cached, end)
             if request.ask:
                 request.own.append(token)
-                if request.watch is not None:
-                    request.watched.append(logprobs.get(request.watch, math.nan))
+                if each is not None:
+                    request.watched.append(logprobs.get(each, math.nan))
 
-    async def _answer(self, request: Request, ids: list[int]) -> tuple[int, dict[int, float], int | None]:
+    async def _answer(
+        self, request: Request, ids: list[int], watch: int | None
+    ) -> tuple[int, dict[int, float], int | None]:
         """The token after `ids`, its log-probability and that of `watch`, and how many of `ids` were in the cache."""
         asked: dict[str, Any] = {"logprobs": 0}
-        if request.watch is not None:
+        if watch is not None:
             # In one batch vLLM gives either named ids or the likeliest to all requests.
-            asked = {"logprobs": TOP} if self._doubted else {"logprobs": 0, "logprob_token_ids": [request.watch]}
+            asked = {"logprobs": TOP} if self._doubted else {"logprobs": 0, "logprob_token_ids": [watch]}
         pieces = self._model.complete(ids, max_tokens=1, **asked, **_drawn(request.sequence.sampling, len(ids)))
         answers = [piece async for piece in pieces]
         token, logprobs = next((p.ids[0], p.logprobs[0]) for p in answers if p.ids)
