@@ -201,6 +201,11 @@ def altered(file, change):
     save_file(tensors, file, {"format": "pt"})
 
 
+def test_a_folder_has_no_revision(folders):
+    with pytest.raises(SrlibError, match="is a folder, and has no revision 'v2'"):
+        engine.check(ModelSpec(path=folders[0], revision="v2"))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

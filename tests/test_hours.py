@@ -50,6 +50,11 @@ def test_one_trace_takes_what_the_simulation_says(share):
         ("03_grpo", {"grpo.rollout": "self"}, None),
         ("04_offload", {"offload.n_demo": 16}, None),
         ("05_evaluate", {"evaluate.samples_per_problem": 2}, None),
+        ("07_latency", {"bench.repeats": 7}, 2),
+        ("07_latency", {"latency.n_check": 24}, None),
+        ("bench", {"bench.repeats": 7}, 2),
+        ("bench", {"bench.batch_sizes": [1]}, None),
+        ("bench", {"bench.policies": ["learned"]}, None),
         ("05_evaluate", {"evaluate.n_refused": 0}, None),
         ("05_evaluate", {"evaluate.policies": ["small", "big"]}, None),
         ("05_evaluate", {"evaluate.protocol": "published", "latency.decode": 32768}, None),
@@ -57,7 +62,8 @@ def test_one_trace_takes_what_the_simulation_says(share):
 )
 def test_more_to_do_takes_longer(stage, changes, factor):
     before, after = (hours.stages(params.load("params/gpu24.yaml", **how))[stage] for how in ({}, changes))
-    fewer = {"sft.gradient_checkpointing", "grpo.rollout", "evaluate.n_refused", "evaluate.policies"} & set(changes)
+    fewer = {"sft.gradient_checkpointing", "grpo.rollout", "evaluate.n_refused", "evaluate.policies"}
+    fewer = (fewer | {"bench.batch_sizes", "bench.policies"}) & {*changes}
     assert after == pytest.approx(factor * before) if factor else (after < before if fewer else after > before)
 
 
@@ -78,6 +84,15 @@ def test_the_plan_tells_hours_and_their_price(capsys):
     main(["plan", "params/smoke.yaml"])
     assert "Hours" not in capsys.readouterr().out  # on a CPU
     assert "01_annotate" not in hours.stages(params.load("params/released.yaml"))
+
+
+def test_the_bench_by_hand():
+    """One policy, one trace of 64 tokens after another: the small model alone, and the big one."""
+    changes = {"bench.batch_sizes": [1], "bench.min_traces": 1, "bench.traces_per_slot": 3, "bench.policies": []}
+    p = params.load("params/gpu24.yaml", **GPU, **changes)
+    small, big = (hours.cost(p, memory.models(p, "bench")[side]) for side in ("small", "big"))
+    one = {c: 64 * c.seconds(1, 1, 512 + 32) + 512 * c.token for c in (small, big)}
+    assert hours.stages(p)["bench"] == pytest.approx(4 * 3 * (2 * one[small] + one[big]))  # `generate`, too
 
 
 def test_thresholds_are_tried_as_often_as_they_are():

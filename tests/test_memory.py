@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import re
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from transformers import (
 from srlib import SrlibError, engine, params
 from srlib.__main__ import main
 from srlib.cost import hours, memory, shapes
+from srlib.data.rows import write_jsonl
 from srlib.engine.models import _quantization
 from srlib.params import ModelSpec
+from srlib.run import bench
 from srlib.training import arith_pair
 from tests.conftest import random_model
 
@@ -204,6 +207,8 @@ def test_bf16_of_the_14b_is_refused_on_24_gb_and_the_mend_mends(capsys):
             "pair.big.quantization: fp8",
         ),
         ("gpu24", "04_offload", {"hardware.gpu_gb": 4}, "smaller models"),
+        ("gpu24", "bench", {"bench.batch_sizes": [1, 16, 64]}, "bench.batch_sizes: [1, 16]"),
+        ("gpu24", "07_latency", {"hardware.gpu_gb": 17.5, "bench.max_tokens": 3072}, "bench.max_tokens: "),
         ("node", "03_grpo", {"grpo.vllm_kv_cache_gb": 75}, "grpo.vllm_kv_cache_gb: 14.9"),
         ("node", "03_grpo", {"grpo.vllm_kv_cache_gb": 0.1}, "grpo.vllm_kv_cache_gb: 14.9"),
     ],
@@ -215,8 +220,21 @@ def test_the_change_that_is_named_fits(file, stage, change, named):
     assert named in str(error.value)
     if "fits with" in str(error.value):
         mend = str(error.value).rpartition("fits with ")[2].rpartition(" (")[0]
-        change |= dict(params.parse_override(text.replace(": ", "=", 1)) for text in mend.split(", "))
+        change |= dict(params.parse_override(text.replace(": ", "=", 1)) for text in re.split(r", (?=[a-z])", mend))
         memory.check(params.load(f"params/{file}.yaml", **change), stage)
+
+
+def test_bench_and_check_are_planned_as_they_are_run(tmp_path):
+    test = write_jsonl(tmp_path / "test.jsonl", [{"id": "0", "prompt": "1+1?", "answer": "2"}])
+    changes = {"bench.batch_sizes": [1, 8], "bench.max_tokens": 64, "data.test": str(test)}
+    p = params.load("params/gpu24.yaml", **changes)
+    small = memory.models(p, "bench")["small"]
+    caches = {n.what: n.gib * 2**30 for n in memory.needs(p, ("bench",)) if n.kind == "caches"}
+    assert small.tokens == 512 + 64 and caches["small"] == small.cache(8 * 2 * 576)
+    caches = {n.what: n.gib * 2**30 for n in memory.needs(p, ("07_latency",)) if n.kind == "caches"}
+    assert caches["small"] == small.cache(16 * 2 * 576)
+    with pytest.raises(SrlibError, match="bench does not fit"):
+        bench.main(p.model_copy(update={"hardware": p.hardware.model_copy(update={"gpu_gb": 4.0})}))
 
 
 def test_devices():

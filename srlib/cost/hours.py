@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from srlib.cost import memory
 from srlib.cost.costs import Cost, roofline
 from srlib.data import benchmarks
-from srlib.params import Params
+from srlib.params import Params, slots_for
 
 SHARE = 0.1  # of its tokens that a trained policy hands over
 # Seconds to launch the kernels of one layer: from Python some thirty, at ten to twenty microseconds; as CUDA graphs few.
@@ -59,13 +59,15 @@ def cost(p: Params, model: memory._Model) -> Cost:
 
 
 def stages(p: Params) -> dict[str, float]:
-    """Seconds of each stage that runs on GPUs, by name."""
+    """Seconds of each stage that runs on GPUs, and of `srlib bench`, by name."""
     made: dict[str, Callable[[Params], float]] = {
         "01_annotate": _annotate,
         "02_sft": _sft,
         "03_grpo": _grpo,
         "04_offload": lambda p: _write(p, p.offload.n_demo, SHARE),
         "05_evaluate": _evaluate,
+        "07_latency": _check,
+        "bench": _bench,
     }
     return {name: seconds(p) for name, seconds in made.items() if name not in p.left_out}
 
@@ -157,3 +159,23 @@ def _evaluate(p: Params) -> float:
         requests = e.n_refused * how.samples * SHARE * _length(p) / p.offload.span_budget
         seconds += _write(p, requests / 2, SHARE)
     return seconds
+
+
+def _check(p: Params) -> float:
+    """Three policies write some problems, one at a time and many; what is simulated takes no GPU."""
+    shares, p = (1.0, SHARE, p.bench.random_share), memory.as_written(p, "07_latency")
+    runs = [_write(p, p.latency.n_check, share, "07_latency", n) for share in shares for n in (1, p.offload.slots)]
+    return (p.bench.repeats + 1) * sum(runs)
+
+
+def _bench(p: Params) -> float:
+    """Each policy, and for the small model `generate` too, at each batch size, once to warm up."""
+    b, p = p.bench, memory.as_written(p, "bench")
+    shares = {"learned": SHARE, "random": b.random_share, "speculative": 1 / b.draft_tokens}
+    every = [0.0, 1.0, *(shares[name] for name in b.policies)]
+    every += [0.0] if memory.models(p, "bench")["small"].spec.engine == "transformers" else []
+    return (b.repeats + 1) * sum(
+        _write(p, max(b.min_traces, n * b.traces_per_slot), share, "bench", slots_for(n, p.offload.oversubscribe))
+        for n in b.batch_sizes
+        for share in every
+    )

@@ -31,7 +31,8 @@ TILE = (4096, 32768)
 # these (QLoRA, arXiv 2305.14314, double quantisation). awq, gptq: for each 128 a 16-bit scale and a 4-bit zero point.
 QUANTIZED = {"nf4": 4 / 8 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "fp8": 1.0, "awq": 0.5 + 2.5 / 128}
 QUANTIZED["gptq"] = QUANTIZED["awq"]
-STAGES = ("01_annotate", "02_sft", "03_grpo", "04_offload", "05_evaluate")
+STAGES = ("01_annotate", "02_sft", "03_grpo", "04_offload", "05_evaluate", "07_latency", "bench")
+CHECKED = 16  # most traces at a time in the check of stage 07
 KINDS = ("weights", "caches", "activations", "training", "process")
 
 
@@ -140,10 +141,21 @@ class _Model:
         return n * layers + tile + ends
 
 
+def as_written(p: Params, stage: str) -> Params:
+    """The params with `offload` as a stage has it: 05 by its protocol, the bench and the check of 07 with their own size."""
+    update = {}
+    if stage == "05_evaluate":
+        return p.model_copy(update={"offload": benchmarks.protocol(p).offload})
+    if stage == "07_latency":
+        update = {"batch_size": CHECKED, "max_tokens": min(p.bench.max_tokens, p.offload.max_tokens)}
+    if stage == "bench":
+        update = {"batch_size": max(p.bench.batch_sizes), "max_tokens": p.bench.max_tokens}
+    return p.model_copy(update={"offload": p.offload.model_copy(update=update)})
+
+
 def models(p: Params, stage: str) -> dict[str, _Model]:
     """The models a stage holds at the same time. Stage 05 loads its small models one after the other."""
-    if stage == "05_evaluate":
-        p = p.model_copy(update={"offload": benchmarks.protocol(p).offload})
+    p = as_written(p, stage)
     if stage == "01_annotate":
         local = {"judge": p.annotate.judge.local} if p.annotate.method == "judge" and p.annotate.judge.local else {}
         specs = {side: getattr(p, side) for side in p.annotate.engines} | local
@@ -161,7 +173,7 @@ def _shape(p: Params, spec: ModelSpec, side: str) -> Shape:
     side = "big" if side == "big" else "small"
     path = p.small.path if spec.path == p.learner.path else spec.path  # what 02 merges has the same shape
     if path != str(p.where("00_arith_pair") / side):
-        return shape(path)
+        return shape(path, spec.revision)
     a = getattr(p.arith, side)  # 100: printable ASCII, the end, two tags of thought and two of this method
     heads = a.num_attention_heads
     return qwen2(a.hidden_size, a.num_hidden_layers, heads, heads, a.intermediate_size, 100, 512, tied=True)
@@ -179,6 +191,7 @@ def needs(p: Params, stages: tuple[str, ...] = STAGES) -> list[Need]:
 
 
 def _needs(p: Params, stage: str) -> Iterator[Need]:
+    p = as_written(p, stage)
     workers = {"02_sft": p.sft.processes, "03_grpo": p.grpo.processes}.get(stage, 1)
     slots = p.rollout_slots if stage == "03_grpo" else p.offload.slots
     passes: dict[tuple[str, int], float] = {}  # by device and process: models of one process work in turn
@@ -335,18 +348,24 @@ def _knobs(p: Params, stage: str) -> Iterator[tuple[str, list[Any]]]:
     if p.offload.oversubscribe:
         yield "offload.oversubscribe", [0]
     at_once = "grpo.rollouts_at_once" if stage == "03_grpo" and p.grpo.rollouts_at_once else "offload.batch_size"
-    yield at_once, down(p.grpo.rollouts_at_once if "grpo" in at_once else p.offload.batch_size, 1)
+    if stage == "bench":
+        sizes = sorted(p.bench.batch_sizes)
+        yield "bench.batch_sizes", [sizes[:n] for n in range(len(sizes) - 1, 0, -1)]
+    elif stage != "07_latency":
+        yield at_once, down(p.grpo.rollouts_at_once if "grpo" in at_once else p.offload.batch_size, 1)
     for side in ("big", "small"):
         if side in held and held[side].spec.quantization == "none":
             yield f"pair.{side}.quantization", ["fp8" if held[side].spec.engine == "vllm" else "nf4"]
-    yield "offload.max_tokens", down(p.offload.max_tokens, 256)
+    longest = "bench.max_tokens" if stage in ("07_latency", "bench") else "offload.max_tokens"
+    yield longest, down(p.bench.max_tokens, 16) if longest == "bench.max_tokens" else down(p.offload.max_tokens, 256)
     if stage in ("01_annotate", "02_sft"):
         yield "sft.max_length", down(p.sft.max_length, 256)
 
 
 def table(p: Params) -> tuple[str, bool]:
     """What `python -m srlib plan` prints, and whether all of it fits."""
-    lines, notes, names = [], [], {}
+    lines, notes = [], []
+    names: dict[str, _Model] = {}
     for stage in (stage for stage in STAGES if stage not in p.left_out):
         alike: dict[str, list[str]] = {}  # devices by their figures
         for device, kinds in sorted(totals(p, stage).items()):
@@ -358,8 +377,8 @@ def table(p: Params) -> tuple[str, bool]:
             lines.append(f"{stage:<13}{devices[0] + several:<9}{cells}")
         if found := faults(p, stage):
             notes.append(f"{stage} does not fit: {'; '.join(found)}. {mend(p, stage)}")
-        for side, model in models(p, stage).items():
-            names[side] = model
+        if stage not in ("07_latency", "bench"):  # whose traces are shorter
+            names |= models(p, stage)
     head = f"{'stage':<13}{'device':<9}" + "".join(f"{name:>12}" for name in (*KINDS, "total", "there is")) + "  fits"
     about = [_about(side, model) for side, model in names.items()]
     parts = (f"{p.run}, in GiB", "", *about, "", head, *lines, "", *(notes or ["Every stage fits."]))

@@ -57,7 +57,7 @@ KNOWN = {
 
 
 @lru_cache
-def shape(path: str) -> Shape:
+def shape(path: str, revision: str | None = None) -> Shape:
     """The shape of a model, from its folder, its name or the hub.
 
     Raises:
@@ -74,17 +74,17 @@ def shape(path: str) -> Shape:
             except (TypeError, ZeroDivisionError) as error:
                 raise SrlibError(f"{file} is damaged ({error}): make it again.") from None
     named = re.search(r"r1-distill-qwen-(1\.5b|7b|14b|32b)", path.lower())
-    return KNOWN[named[1]] if named and not config else _built(path)
+    return KNOWN[named[1]] if named and not config else _built(path, revision)
 
 
-def _built(path: str) -> Shape:
+def _built(path: str, revision: str | None) -> Shape:
     """Of any other architecture: built without memory, and counted."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise SrlibError(f"{path}: neither a folder nor the hub gives its configuration ({error}).") from None
     with init_empty_weights():

@@ -91,7 +91,7 @@ def origin(source: Source) -> Source | None:
         return None
     if which:
         return Source(path=which)
-    given = {name: value for name in ("split", "config") if (value := getattr(source, name)) is not None}
+    given = {name: value for name in ("split", "config", "revision") if (value := getattr(source, name)) is not None}
     return benchmark.source.model_copy(update=given)
 
 
@@ -99,13 +99,13 @@ def check(source: Source) -> None:
     """What else is said of a source must be something that it has.
 
     Raises:
-        SrlibError: a split or a configuration of a file or of a set that is made by a procedure, or columns of a
+        SrlibError: a split, a configuration or a revision of a file or of a set that is made by a procedure, or columns of a
             named set.
     """
     name, _, which = source.path.partition(":")
     benchmark = NAMES.get(name)
     hub = not which and benchmark.source is not None if benchmark else source.file is None
-    for part in ("split", "config"):
+    for part in ("split", "config", "revision"):
         value = getattr(source, part)
         if value is not None and not hub and (part, name) != ("split", "arith"):
             raise SrlibError(f"{source.path} is no data set on the hub, and has no {part} {value!r}: leave it away.")

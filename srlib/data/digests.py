@@ -38,6 +38,8 @@ def of_model(spec: ModelSpec) -> str:
     for name, path in (("model", spec.path), ("adapter", spec.adapter)):
         local = find(path) if path else None
         decides[name] = of_path(local) if local else path
+    if spec.revision is not None:
+        decides["revision"] = spec.revision
     return of(decides)
 
 

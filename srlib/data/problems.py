@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from srlib import SrlibError
 from srlib.data import benchmarks, prompts
 from srlib.data.benchmarks import Benchmark, Row
+from srlib.data.overlap import Overlap
 from srlib.data.rows import Problem, lines, parsed
 from srlib.params import Params, Source
 
@@ -49,6 +50,7 @@ def load(
     worked: bool = False,
     on_bad: Literal["raise", "drop"] = "raise",
     dropped: Counter[str] | None = None,
+    apart: Overlap | None = None,
 ) -> list[Problem]:
     """Problems of a JSONL file, of a data set on the hub, or of a named set (see `benchmarks`).
 
@@ -66,6 +68,7 @@ def load(
         worked: whether a row needs a trace.
         on_bad: what becomes of a row that is no problem: `raise` an error at the first, or `drop` it.
         dropped: is told how many were dropped, by reason.
+        apart: a test set whose problems are bad rows here.
 
     Raises:
         SrlibError: no such file, data set or column, a split of what has none, a file that is not UTF-8, a bad row (where it is
@@ -85,7 +88,7 @@ def load(
     bad_rows: Counter[str] = Counter()
     for number, (place, row) in enumerate(tqdm(rows, desc="load", unit="row", delay=2, mininterval=1, leave=False)):
         try:
-            problem = _problem(row, number, source, benchmark, worked)
+            problem = _problem(row, number, source, benchmark, worked, apart)
             if problem.id in places:
                 raise Bad("its id stands twice", f"{problem.id!r}, in {places[problem.id]} too")
         except Bad as bad:
@@ -110,12 +113,17 @@ def traces(p: Params, n: int, *, worked: bool = False, dropped: Counter[str] | N
     """`n` of the traces that a run reads.
 
     Of a set that the params name, rows that cannot be used are left out and counted in `dropped`; in what
-    stage 00 wrote there are none, but the file is damaged.
+    stage 00 wrote there are none, but the file is damaged. A problem of the test set is such a row (`data.decontaminate`).
 
     Raises:
         SrlibError: as `load`.
     """
-    return load(p.traces, n, p.seed, worked=worked, on_bad="drop" if p.data.traces else "raise", dropped=dropped)
+    apart = None
+    if p.kept_apart:  # the test set as it asks, without the words that the params put around it
+        asked = load(p.test.model_copy(update={"prompt": "plain"}), seed=p.seed)
+        apart = Overlap((problem.prompt for problem in asked), p.data.decontaminate)
+    on_bad: Literal["raise", "drop"] = "drop" if p.data.traces else "raise"
+    return load(p.traces, n, p.seed, worked=worked, on_bad=on_bad, dropped=dropped, apart=apart)
 
 
 def told(dropped: Counter[str]) -> str:
@@ -131,8 +139,9 @@ def hub_rows(source: Source) -> IterableDataset:
     """
     from datasets import load_dataset
 
+    pinned = {"revision": source.revision} if source.revision is not None else {}
     try:
-        return load_dataset(source.path, source.config, split=source.split or "train", streaming=True)
+        return load_dataset(source.path, source.config, split=source.split or "train", streaming=True, **pinned)
     except (OSError, ValueError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
         reason = str(error).splitlines()[0]
         raise SrlibError(f"{source.path} is no file here, and the hub gave no such data set: {reason}") from None
@@ -179,7 +188,9 @@ def _check_columns(source: Source, rows: list[Row], worked: bool) -> None:
         raise SrlibError(f"{source.path} has no column {absent[0]!r}, but {', '.join(there)}. Name it in `columns`.")
 
 
-def _problem(row: Row | Bad, number: int, source: Source, benchmark: Benchmark | None, worked: bool) -> Problem:
+def _problem(
+    row: Row | Bad, number: int, source: Source, benchmark: Benchmark | None, worked: bool, apart: Overlap | None
+) -> Problem:
     """The problem in a row.
 
     Raises:
@@ -197,9 +208,12 @@ def _problem(row: Row | Bad, number: int, source: Source, benchmark: Benchmark |
         except (AttributeError, TypeError):
             raise Bad(f"its columns do not hold what those of {source.path.partition(':')[0]} do", row) from None
     how = source.prompt or (benchmark.prompt if benchmark else "plain")
+    question = _prompt(fields["prompt"])
+    if apart is not None and apart.holds(question):
+        raise Bad("its problem is in the test set", question)
     return Problem(
         id=str(number) if fields["id"] is None else _text("id", fields["id"]),
-        prompt=prompts.ask(_prompt(fields["prompt"]), how),
+        prompt=prompts.ask(question, how),
         answer=_text("answer", fields["answer"]),
         trace=_trace(fields, "correct" in source.columns, worked),
         meta=fields["meta"] if isinstance(fields["meta"], dict) else {},

@@ -115,7 +115,7 @@ def merge(spec: ModelSpec, folder: Path | None = None) -> Path:
     adapter = Path(spec.adapter)
     folder, dtype = folder or adapter / "merged", str(dtype_of(spec)).removeprefix("torch.")
     mark = folder / "source.json"
-    source = json.dumps({"base": spec.path, "adapter": spec.adapter, "dtype": dtype})
+    source = json.dumps({"base": spec.path, **spec.pinned, "adapter": spec.adapter, "dtype": dtype})
     newest = max(file.stat().st_mtime for file in adapter.iterdir() if file.is_file())
     if mark.is_file() and mark.read_text() == source and mark.stat().st_mtime >= newest:
         return folder

@@ -36,13 +36,15 @@ def check(spec: ModelSpec) -> None:
     """Look at a model's files without loading it; a name that is no folder here is left to the hub.
 
     Raises:
-        SrlibError: a folder holds no model or no adapter, a file of JSON holds something else, or a
+        SrlibError: a revision of a folder is asked for, a folder holds no model or no adapter, a file of JSON holds something else, or a
             safetensors file is missing or not whole.
     """
     if spec.path is None:
         raise SrlibError("No model is named: give pair.small.path and pair.big.path a folder or a hub name.")
     # A hub name has at most one slash; anything else must be a folder.
     if Path(spec.path).exists() or spec.path.startswith((".", "/")) or spec.path.count("/") > 1:
+        if spec.revision is not None:
+            raise SrlibError(f"{spec.path} is a folder, and has no revision {spec.revision!r}: leave it away.")
         _check_folder(Path(spec.path), "config.json", "model")
     if spec.adapter is not None:
         _check_folder(Path(spec.adapter), "adapter_config.json", "adapter")

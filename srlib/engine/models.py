@@ -66,6 +66,7 @@ def load_model(spec: ModelSpec, trainable: bool = False) -> tuple[PreTrainedMode
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             spec.path,
+            **spec.pinned,
             dtype=dtype_of(spec),
             use_safetensors=True,
             quantization_config=_quantization(spec),
@@ -140,7 +141,9 @@ def load_tokenizer(spec: ModelSpec, local: bool = False) -> PreTrainedTokenizerB
     where = spec.adapter or spec.path
     assert where is not None, "a model is named"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, local_files_only=local, **({} if spec.adapter else spec.pinned)
+        )
     except Exception as error:  # tokenizers, the library, raises nothing narrower
         if isinstance(error, OSError) and not Path(where).exists():
             raise SrlibError(f"{where} has no tokenizer here or on the hub: {_line(error)}") from None

@@ -34,6 +34,9 @@ class ModelSpec(Section):
     """Where a model is and how it is loaded."""
 
     path: str | None = Field(None, description="folder or hub name; empty: the one stage 00 trains")
+    revision: str | None = Field(
+        None, min_length=1, description="hub: branch, tag or commit of the model; empty: the newest"
+    )
     adapter: str | None = Field(None, description="folder of a LoRA adapter to lay on top")
     merge: bool = Field(
         True,
@@ -88,6 +91,11 @@ class ModelSpec(Section):
         """The path, where there is one: `Params` gives every model of a run its own."""
         assert self.path is not None, "this spec names no model"
         return self.path
+
+    @property
+    def pinned(self) -> dict[str, str]:
+        """The revision as an argument of what loads the model; none where none is named."""
+        return {} if self.revision is None else {"revision": self.revision}
 
     @model_validator(mode="after")
     def _engine_can(self) -> ModelSpec:

@@ -99,6 +99,12 @@ class Params(Section):
         return [name for name in tuned if alike and name in self.evaluate.policies]
 
     @property
+    def kept_apart(self) -> bool:
+        """Whether problems of the test set are dropped from the traces; the splits of the arithmetic world share none."""
+        named = self.data.traces is not None and self.data.test is not None and self.data.test.path != "arith"
+        return bool(self.data.decontaminate) and named
+
+    @property
     def rollout_slots(self) -> int:
         """Rollouts that one process of stage 03 has under way."""
         at_once = slots_for(self.grpo.rollouts_at_once or self.offload.batch_size, self.offload.oversubscribe)
@@ -131,7 +137,9 @@ class Params(Section):
         """The small model that 02 and 03 lay their adapters on: one given in `pair.small` is merged in, by stage 02."""
         if self.pair.small.adapter is None:
             return self.small
-        return self.small.model_copy(update={"path": str(self.where("02_sft") / "merged"), "adapter": None})
+        return self.small.model_copy(
+            update={"path": str(self.where("02_sft") / "merged"), "adapter": None, "revision": None}
+        )
 
     @property
     def tuned(self) -> ModelSpec:

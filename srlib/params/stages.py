@@ -87,6 +87,9 @@ class Source(Section):
     split: str | None = Field(
         None, description="hub: its split; empty: train, or of a named set its own. arith: train, traces or test"
     )
+    revision: str | None = Field(
+        None, min_length=1, description="hub: branch, tag or commit of the data set; empty: the newest"
+    )
     columns: dict[Literal["id", "prompt", "answer", "trace", "correct"], str] = Field(
         {},
         description="field: its column, of text or of messages; empty: columns are named like the fields. A named set has its own",
@@ -114,6 +117,12 @@ class Data(Section):
         None, description="worked traces to annotate, and problems for rollouts; a plain text is its path"
     )
     test: Source | None = Field(None, description="unseen problems; a plain text is its path")
+    decontaminate: int = Field(
+        13,
+        ge=0,
+        description="words in a row that no problem of traces may share with one of test, spaces, signs and case left out; "
+        "one that does is dropped. 0: not looked for, as in the arithmetic world, whose splits share none",
+    )
 
 
 class Judge(Section):

@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from srlib import engine
-from srlib.cost import latency
+from srlib.cost import latency, memory
 from srlib.data import problems
 from srlib.data.prompts import encode_prompts
 from srlib.data.rows import write_json
@@ -103,10 +103,11 @@ def main(p: Params) -> int:
     """Measure, print the table, and write `bench.json` to the run's folder.
 
     Raises:
-        SrlibError: a model or the test problems are not there, or a run is making them.
+        SrlibError: a model or the test problems are not there, a run is making them, or the models do not fit.
     """
     for needed in ("pair", "test"):
         stages.require_artefact(p, needed, "bench")
+    memory.check(p, "bench")
     if p.threads:
         torch.set_num_threads(p.threads)
     p.run_dir.mkdir(parents=True, exist_ok=True)

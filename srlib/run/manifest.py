@@ -24,7 +24,7 @@ from srlib.data.rows import read_json, write_json
 from srlib.params.paths import find, here
 from srlib.params.run import Params
 from srlib.run.locks import HOLDER, LOCK
-from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, Stage, artefacts, needed, own_of, settings
+from srlib.run.stages import MAKERS, NOTEBOOKS, STAGES, artefacts, needed, own_of, settings
 
 # Packages that decide what comes out of a stage, by their name in the code; what draws, prints and sums is none.
 PACKAGES = "torch transformers tokenizers trl peft accelerate datasets math_verify reasoning_gym rapidfuzz".split()
@@ -171,7 +171,7 @@ class Manifest:
 
     def _key(self, name: str) -> dict[str, Any]:
         """What decides whether a stage has to run again."""
-        stage, notebook = STAGES[name], NOTEBOOKS / f"{name}.ipynb"
+        notebook = NOTEBOOKS / f"{name}.ipynb"
         values = self.p.model_dump()
         parameters = {key: reduce(getitem, key.split("."), values) for key in settings(self.p, name)}
         # Figures are no artefact that another stage reads: a colour is not worth another training.
@@ -182,7 +182,7 @@ class Manifest:
             "notebook": digests.of_path(notebook),
             "versions": _versions(self.code.packages(code), json.dumps(parameters)),
             "code": code,
-            "inputs": {path: digests.of_path(there) for path in self._inputs(stage) if (there := find(path))},
+            "inputs": {path: digests.of_path(there) for path in self._inputs(name) if (there := find(path))},
         }
 
     def _changes(self, name: str) -> Iterator[str]:
@@ -199,11 +199,11 @@ class Manifest:
         paths = _differ(was["inputs"], now["inputs"])
         yield from _changed(list(dict.fromkeys(Path(path).name for path in paths)), "inputs")
 
-    def _inputs(self, stage: Stage) -> list[str]:
+    def _inputs(self, name: str) -> list[str]:
         """Files and folders a stage reads, as far as they are here."""
         found = artefacts(self.p)
-        paths = [path for name in stage.reads for path in found[name].paths if Path(path).exists()]
-        files = [name.rpartition(":")[0] for name in own_of(self.p, stage.name)]
+        paths = [path for artefact in needed(self.p, name) for path in found[artefact].paths if Path(path).exists()]
+        files = [named.rpartition(":")[0] for named in own_of(self.p, name)]
         return [*map(here, paths), *filter(find, files)]
 
     def _outputs(self, name: str, asked: Callable[[str], bool] = bool) -> dict[str, str]:

@@ -189,10 +189,10 @@ def _models(values: dict[str, Any], folder: Path, context: int, noted: list[str]
             continue  # stage 00 makes it, and is rehearsed itself
         twin = folder / "twins" / re.sub(r"[^A-Za-z0-9.-]+", "-", spec["path"]).strip("-")
         if not twin.exists():
-            twins.make(spec["path"], twin, context, noted.append, known)
+            twins.make(spec["path"], twin, context, noted.append, known, spec["revision"])
         if spec["adapter"]:
             noted.append(f"{side}.adapter is left out: it fits no twin")
-        spec |= {"path": str(twin), "adapter": None, "context": spec["context"] and context}
+        spec |= {"path": str(twin), "revision": None, "adapter": None, "context": spec["context"] and context}
 
 
 def _data(p: Params, values: dict[str, Any], folder: Path, scale: float, noted: list[str]) -> None:

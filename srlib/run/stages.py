@@ -47,22 +47,23 @@ TUNED = ("pair.small", "pair.tuned")
 # The set arith, where the params name it, is that of the section.
 TRACES: dict[str, Callable[[Params], object]] = {"arith": lambda p: p.data.traces and p.data.traces.path == "arith"}
 TEST: dict[str, Callable[[Params], object]] = {"arith": lambda p: p.data.test and p.data.test.path == "arith"}
+APART: dict[str, Callable[[Params], object]] = {"data.test": lambda p: p.kept_apart}
 STAGES = {
     stage.name: stage
     for stage in (
         Stage("00_arith_pair", ("arith", *PAIR, "data.test")),
         Stage(
             "01_annotate",
-            ("annotate", *PAIR, "data.traces", "offload.hint", "sft.max_length"),
-            ("pair", "traces"),
-            {"offload": lambda p: p.annotate.tries or "worth" in p.annotate.methods, **TRACES},
+            ("annotate", *PAIR, "data.traces", "data.decontaminate", "offload.hint", "sft.max_length"),
+            ("pair", "traces", "test"),
+            {"offload": lambda p: p.annotate.tries or "worth" in p.annotate.methods, **TRACES, **APART},
         ),
         Stage("02_sft", ("sft", "offload", *TUNED, "data.test"), ("pair", "annotated", "test"), TEST),
         Stage(
             "03_grpo",
-            ("grpo", "latency", "offload", *TUNED, "pair.big", "data.traces"),
-            ("pair", "adapter", "traces"),
-            TRACES,
+            ("grpo", "latency", "offload", *TUNED, "pair.big", "data.traces", "data.decontaminate"),
+            ("pair", "adapter", "traces", "test"),
+            {**TRACES, **APART},
         ),
         Stage("04_offload", ("offload", *TUNED, "pair.big", "data.test"), ("pair", "adapter", "test"), TEST),
         Stage(
@@ -71,6 +72,7 @@ STAGES = {
             ("pair", "adapter", "reinforced", "test", "traces"),
             {
                 "data.traces": lambda p: p.to_tune,
+                "data.decontaminate": lambda p: p.to_tune,
                 "arith": lambda p: TEST["arith"](p) or (p.to_tune and TRACES["arith"](p)),
             },
         ),
@@ -184,13 +186,21 @@ def _others(p: Params, stage: str, made_now: Sequence[str]) -> list[ModelSpec]:
 
 
 def needed(p: Params, stage: str) -> list[str]:
-    """The artefacts that a stage reads; stage 05 needs no model that no policy writes with, and no traces to tune nothing."""
-    policies: set[str] = {*p.evaluate.policies}
-    if stage == "05_evaluate" and any(policy.tags for policy in _own_policies(p)):
-        policies.add("learned")  # it writes with the tuned model, too
-    idle = {name for name, with_it in WRITTEN_WITH.items() if not policies & with_it}
-    idle |= set() if p.to_tune else {"traces"}
-    return [name for name in STAGES[stage].reads if stage != "05_evaluate" or name not in idle]
+    """The artefacts that a stage reads under these params.
+
+    Stage 05 needs no model that no policy writes with, and no traces to tune nothing; 01 and 03 need test problems only
+    to keep traces apart from them.
+    """
+    idle: set[str] = set()
+    if stage == "05_evaluate":
+        policies: set[str] = {*p.evaluate.policies}
+        if any(policy.tags for policy in _own_policies(p)):
+            policies.add("learned")  # it writes with the tuned model, too
+        idle = {name for name, with_it in WRITTEN_WITH.items() if not policies & with_it}
+        idle |= set() if p.to_tune else {"traces"}
+    if stage in ("01_annotate", "03_grpo") and not p.kept_apart:
+        idle = {"test"}
+    return [name for name in STAGES[stage].reads if name not in idle]
 
 
 def require_artefact(p: Params, name: str, reader: str) -> None:

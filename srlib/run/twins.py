@@ -50,13 +50,21 @@ TEMPLATE = (
 )
 
 
-def make(path: str, folder: Path, context: int, noted: Callable[[str], None], problems: Path | None = None) -> None:
+def make(
+    path: str,
+    folder: Path,
+    context: int,
+    noted: Callable[[str], None],
+    problems: Path | None = None,
+    revision: str | None = None,
+) -> None:
     """Write the twin of the model `path`, a folder or a name on the hub, to `folder`.
 
     Args:
         context: tokens of its longest sequence.
         noted: is told what could not be kept.
         problems: a JSONL file whose text a tokenizer that is trained here should know.
+        revision: of the model on the hub; None: the newest.
 
     Raises:
         SrlibError: nothing here or on the hub tells of its architecture.
@@ -64,7 +72,7 @@ def make(path: str, folder: Path, context: int, noted: Callable[[str], None], pr
     import torch
     from transformers import AutoModelForCausalLM
 
-    config, tokenizer = _config(path, noted), _tokenizer(path, noted, problems)
+    config, tokenizer = _config(path, noted, revision), _tokenizer(path, noted, problems, revision)
     spare = SPARE if config.get_text_config().vocab_size > len(tokenizer) + len(SPELLINGS) else 0
     narrow(config, len(tokenizer) + spare, context)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -167,11 +175,11 @@ def reached() -> bool:
         return False
 
 
-def _config(path: str, noted: Callable[[str], None]) -> PreTrainedConfig:
+def _config(path: str, noted: Callable[[str], None], revision: str | None) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=not reached())
+        config = AutoConfig.from_pretrained(path, revision=revision or "main", local_files_only=not reached())
     except (OSError, ValueError) as error:
         known = next((values for name, values in KNOWN.items() if re.search(name, path.lower())), None)
         if known is None:
@@ -187,11 +195,13 @@ def _config(path: str, noted: Callable[[str], None]) -> PreTrainedConfig:
     return config
 
 
-def _tokenizer(path: str, noted: Callable[[str], None], problems: Path | None) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    path: str, noted: Callable[[str], None], problems: Path | None, revision: str | None
+) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=not reached())
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main", local_files_only=not reached())
     except Exception:  # tokenizers raises nothing narrower
         noted(f"{path}: its tokenizer is one trained here, with R1's special tokens and shape of template")
         return trained(problems)

@@ -175,7 +175,7 @@ class Synchronised:
             adapters.merge(self.spec.model_copy(update={"adapter": str(self.folder)}))
         accelerator.wait_for_everyone()
         if self.engine is None:
-            own = {"path": str(merged), "adapter": None}
+            own = {"path": str(merged), "adapter": None, "revision": None}
             self.engine = cast("VllmEngine", engine.load(self.spec.model_copy(update=own), self.slots))
             if not self.spec.url:
                 return

@@ -72,7 +72,8 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
         with process.main_process_first():
             if process.is_main_process:
                 shutil.rmtree(folder / "merged", ignore_errors=True)  # of a base that may have been made again since
-            small = small.model_copy(update={"path": str(merge(small, folder / "merged")), "adapter": None})
+            own = {"path": str(merge(small, folder / "merged")), "adapter": None, "revision": None}
+            small = small.model_copy(update=own)
     model, tokenizer = load_model(small)
     tokens = add_tags(tokenizer) if config.tags == "token" else pieces_of_tags(tokenizer)
     fit_embeddings(model, tokenizer)

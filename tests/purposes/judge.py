@@ -180,6 +180,7 @@ def the_most_a_run_may_cost(case: Case) -> None:
 VLLM = {"url": "http://127.0.0.1:1", "kv_cache_gb": 3.0, "tensor_parallel": 2, "pipeline_parallel": 2}
 OTHERS = {
     "path": "another",
+    "revision": "v2",
     "adapter": "an/adapter",
     "merge": False,
     "template": {"quick": True},

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from srlib import Offloader, engine
+from srlib import Offloader, SrlibError, engine
 from srlib.data import arith
 from srlib.data.prompts import encode_prompt
 from srlib.decoding.policies import Never
 from srlib.engine import Request, models, process
+from srlib.engine.vllm.arguments import arguments
 from srlib.engine.vllm.engine import VllmEngine
 from srlib.engine.vllm.local import Local
 from srlib.params import ModelSpec
@@ -97,6 +98,26 @@ def the_model_in_a_folder(case: Case) -> None:
     assert asked.path == folder
     given = engine.load(asked).model.model.embed_tokens.weight
     assert torch.equal(given, pair[side].model.embed_tokens.weight)
+
+
+@shows(*keys("revision"))
+def the_revision_of_a_model_on_the_hub(case: Case) -> None:
+    asked: list[Any] = []
+
+    def loaded(path: str, **how: Any) -> Any:
+        asked.append((path, how.get("revision")))
+        raise ImportError("far enough")
+
+    pinned = spec(case, "v2", path="some/model")
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("AutoModelForCausalLM", "AutoTokenizer"):
+            patch.setattr(getattr(models, kind), "from_pretrained", loaded)
+        for load in (models.load_model, models.load_tokenizer):
+            with pytest.raises((ImportError, SrlibError), match="far enough"):
+                load(pinned)
+        patch.setattr("transformers.AutoConfig.from_pretrained", lambda path, **how: SimpleNamespace(**how))
+        given = arguments(pinned, "some/model", 1, lora=None, cpu=False)
+    assert asked == [("some/model", "v2")] * 2 and given["revision"] == "v2"
 
 
 @shows(*keys("adapter"))

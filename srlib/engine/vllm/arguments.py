@@ -34,13 +34,15 @@ def arguments(spec: ModelSpec, path: str, slots: int, lora: str | None, cpu: boo
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path)
+    pinned = spec.pinned if path == spec.path else {}  # what is merged lies here
+    config = AutoConfig.from_pretrained(path, **pinned)
     saved = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if spec.quantization in ("awq", "gptq") and (not saved or {saved, spec.quantization} == {"awq", "gptq"}):
         was = f"quantised by {saved}" if saved else "not quantised"
         raise SrlibError(f"quantization is {spec.quantization}, but the weights of {path} are {was}.")
-    given = {
+    given: dict[str, Any] = {
         "model": path,
+        **pinned,
         "skip_tokenizer_init": True,
         "dtype": ("float32" if cpu else "bfloat16") if spec.dtype == "auto" else spec.dtype,
         # awq and gptq weights say so themselves; vLLM then takes the fastest kernel for them.

@@ -323,9 +323,9 @@ def _texts(spec: ModelSpec) -> tuple[Any, frozenset[int]]:
     tokenizer = load_tokenizer(spec)
     try:
         try:
-            generation = GenerationConfig.from_pretrained(spec.path)
+            generation = GenerationConfig.from_pretrained(spec.path, **spec.pinned)
         except OSError:  # it is no file of every model
-            generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(spec.path))
+            generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(spec.path, **spec.pinned))
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise SrlibError(f"{spec.path} is no folder here, and the hub gave no such model: {reason}") from None
