@@ -15,9 +15,9 @@ from typing_extensions import TypedDict
 from srlib import SrlibError
 
 if TYPE_CHECKING:
+    from srlib.params.data import Source
     from srlib.params.models import ModelSpec
     from srlib.params.run import Params
-    from srlib.params.stages import Source
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
