@@ -10,7 +10,7 @@ from srlib.data import arith
 from srlib.data.rows import Annotated, read_jsonl
 from srlib.decoding.policies import Learned
 from srlib.decoding.trace import BIG, SMALL
-from srlib.params import ROOT, Grpo, stages
+from srlib.params import ROOT, Arith, Grpo, training
 from srlib.run.pipeline import require
 from srlib.training.rewards import REWARDS, Rollout, weights
 from srlib.training.sft import example
@@ -30,7 +30,7 @@ def names(pair, tokenizer, tmp_path_factory):
     values |= {"outputs": str(folder), "pair": {side: {"path": str(path)} for side, path in places.items()}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
     (folder / "smoke" / "00_arith_pair").mkdir(parents=True)
-    config = stages.Arith(**values["arith"])
+    config = Arith(**values["arith"])
     arith.write_problems(config, 0, folder / "smoke" / "00_arith_pair")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 5 and '"params/cpu.yaml"' in blocks[0]
@@ -44,7 +44,7 @@ def names(pair, tokenizer, tmp_path_factory):
     finally:
         REWARDS.clear()
         REWARDS.update(kept)
-        stages.REGISTERED.clear()
+        training.REGISTERED.clear()
 
 
 def test_the_package(names):

@@ -12,7 +12,7 @@ from srlib.cost.shapes import KNOWN
 from srlib.decoding.policies import Always, Learned, Never, Random
 from srlib.decoding.scheduler import Offloader
 from srlib.params import Latency
-from srlib.params.stages import GpuName, ModelSize
+from srlib.params.cost import GpuName, ModelSize
 
 
 def table(big="32B", **changes):

@@ -85,7 +85,7 @@ def test_what_a_reward_gives_is_looked_at(file, gives, message):
 
 def test_a_reward_is_registered_in_a_notebook(monkeypatch):
     monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
-    monkeypatch.setattr(params.stages, "REGISTERED", set())
+    monkeypatch.setattr(params.training, "REGISTERED", set())
     with pytest.raises(SrlibError, match="unknown key 'short'"):
         paid_by("short")
 

@@ -7,7 +7,7 @@ from srlib.cost import latency
 from srlib.cost.latency import PairSpeed, Speed
 from srlib.engine import Request
 from srlib.params import Latency
-from srlib.params.stages import REWARD_NAMES
+from srlib.params.training import REWARD_NAMES
 from srlib.training import rewards
 from srlib.training.rewards import PRESETS, REWARDS, Rollout, Targets
 

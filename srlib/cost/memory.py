@@ -94,11 +94,11 @@ class _Model:
         return 2 * self.shape.layers * self.shape.kv * self.bytes * tokens
 
     def caches(self, slots: int) -> float:
-        """Bytes. The transformers engine doubles its cache as sequences grow, up to the context."""
+        """Bytes. On a GPU the transformers engine doubles its cache as sequences grow, up to the context."""
         if self.spec.kv_cache_gb:
             return self.spec.kv_cache_gb * GIB * len(self.devices())
-        longest = min(2 * self.tokens, self.context) if self.spec.engine == "transformers" else self.tokens
-        return self.cache(slots * longest)
+        doubles = self.spec.engine == "transformers" and self.devices() != ["cpu"]
+        return self.cache(slots * (min(2 * self.tokens, self.context) if doubles else self.tokens))
 
     def reading(self, batch: int, width: int, length: int, logits: int) -> float:
         """Bytes to read `width` new tokens of each sequence: one layer, the mask over `length` positions if it is

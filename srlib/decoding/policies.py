@@ -18,7 +18,7 @@ from srlib.decoding.steps import judged
 from srlib.decoding.writer import Steps, Writer
 from srlib.engine.protocol import Doubt, Measure
 from srlib.params import own
-from srlib.params.stages import PolicyName
+from srlib.params.evaluation import PolicyName
 
 
 class Policy(Protocol):

@@ -30,7 +30,7 @@ from srlib.decoding.policies import Policy
 from srlib.decoding.trace import Trace
 from srlib.decoding.writer import Begun, Steps, Writer
 from srlib.engine.protocol import Engine, Request, runs, steps
-from srlib.params.stages import slots_for
+from srlib.params.decoding import slots_for
 
 GATHER = 0.2  # of the requests that wait: an engine with fewer lets them gather into fuller batches
 

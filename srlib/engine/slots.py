@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -202,7 +204,11 @@ class Groups:
 
 
 class Slots(Cache):
-    """Keys and values of every layer, (slots, heads, length, head size)."""
+    """Keys and values of every layer, (slots, heads, length, head size).
+
+    On a CPU a store has the length of the context from the start, and takes the memory of what was written to it. Where
+    there are no addresses for that, and on a GPU, it grows.
+    """
 
     def __init__(self, slots: int, context: int) -> None:
         super().__init__(layers=[])
@@ -239,7 +245,7 @@ class Slots(Cache):
         answers = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             if layer_idx not in store:
-                store[layer_idx] = _zeros(new, self.slots, new.shape[1], self.length, new.shape[3])
+                store[layer_idx] = self._store(new)
             if isinstance(self.rows, int):
                 store[layer_idx][self.rows, :, self.positions] = new[0, :, 0]  # (heads, head size)
             else:
@@ -247,12 +253,26 @@ class Slots(Cache):
             answers.append(store[layer_idx])
         return tuple(answers)
 
+    def _store(self, new: torch.Tensor) -> torch.Tensor:
+        """For a layer with heads as in `new`, (1, heads, N, head size)."""
+        if new.device.type == "cpu":
+            with suppress(OSError):  # the system has no addresses for so much
+                return _zeros(new, self.slots, new.shape[1], self.context, new.shape[3])
+        return _zeros(new, self.slots, new.shape[1], self.length, new.shape[3])
+
 
 def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Of dtype and device of `like`. On a CPU idle slots take no memory: the system gives a page when it is written."""
+    """Of dtype and device of `like`. On a CPU the system gives a page when it is first written.
+
+    Raises:
+        OSError: it gives none.
+    """
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    return torch.from_numpy(np.zeros(math.prod(shape) * like.itemsize, np.uint8)).view(like.dtype).view(shape)
+    given = mmap.mmap(-1, math.prod(shape) * like.itemsize, access=mmap.ACCESS_COPY)
+    with suppress(AttributeError, OSError):  # not on every system
+        given.madvise(mmap.MADV_NOHUGEPAGE)  # of 2 MB, of which a slot would need a few kB
+    return torch.frombuffer(given, dtype=like.dtype).view(shape)
 
 
 def _attend(

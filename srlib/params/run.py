@@ -6,23 +6,23 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from srlib.params.annotation import Annotate
+from srlib.params.cost import Hardware, Latency
+from srlib.params.data import Arith, Data, Source
+from srlib.params.decoding import Offload, slots_for
+from srlib.params.evaluation import Bench, Evaluate
 from srlib.params.models import ModelSpec, Pair, Section
 from srlib.params.paths import ROOT, find
-from srlib.params.stages import (
-    Annotate,
-    Arith,
-    Base,
-    Bench,
-    Data,
-    Evaluate,
-    Grpo,
-    Hardware,
-    Latency,
-    Offload,
-    Sft,
-    Source,
-    slots_for,
-)
+from srlib.params.training import Grpo, Sft
+
+
+class Base(Section):
+    """Another run that has done some of the stages already."""
+
+    folder: str = Field(description="folder of that run, with its manifest")
+    stages: list[str] = Field(
+        min_length=1, description="stages whose artefacts are taken from there, such as 00_arith_pair"
+    )
 
 
 class Params(Section):

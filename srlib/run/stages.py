@@ -16,9 +16,9 @@ from srlib import SrlibError
 
 if TYPE_CHECKING:
     from srlib.decoding.policies import Policy
+    from srlib.params.data import Source
     from srlib.params.models import ModelSpec
     from srlib.params.run import Params
-    from srlib.params.stages import Source
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 

@@ -22,7 +22,7 @@ from srlib import SrlibError
 from srlib.data import arith
 from srlib.data.rows import lines, parsed, whole, write_jsonl
 from srlib.data.spans import SPELLINGS
-from srlib.params.stages import Arith
+from srlib.params.data import Arith
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

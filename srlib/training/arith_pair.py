@@ -31,7 +31,7 @@ from srlib.data.arith import generate, tokenizer
 from srlib.data.prompts import encode_prompts
 from srlib.data.rows import Problem, read_json, write_json
 from srlib.engine.files import saving
-from srlib.params.stages import Arith, ArithModel
+from srlib.params.data import Arith, ArithModel
 
 
 def model(config: ArithModel, vocabulary: int, seed: int) -> Qwen2ForCausalLM:

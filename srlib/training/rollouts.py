@@ -23,8 +23,9 @@ from srlib.decoding.trace import SMALL, Trace
 from srlib.engine.adapters import rows_in_place, write_adapter
 from srlib.engine.protocol import Engine
 from srlib.engine.transformers import TransformersEngine
+from srlib.params.decoding import Offload
 from srlib.params.models import ModelSpec
-from srlib.params.stages import Grpo, Offload
+from srlib.params.training import Grpo
 from srlib.training.credit import went_on
 from srlib.training.rewards import Rollout
 
