@@ -75,7 +75,16 @@ LOG = [{"rewards/accuracy/mean": x, "offload_share": 0.1 - x / 10} for x in (0.1
 FORMULA = {0.0135: {"formula, whole chunks": 9.0, "formula": 8.0, "events": 8.0}}
 POINTS = [{"big": "8B", "policy": n, "seconds": s} for n, s in (("small", 1), ("big", 9), ("learned", 2))]
 
+
 # For each sentence: where it holds, and where it does not; the place of the sentence among those that are printed.
+def speeds(**learned):
+    """Rows of `srlib.run.speed`."""
+    known = {"batch": 1, "ratio": 5, "cost_ratio": 5.0, "offload_share": 0.1, "predicted_s": 1.1, "limit_s": 1.0}
+    known |= {"measured_s": 1.1, "speed_up": 2.0, "predicted_speed_up": 2.1, "forward_tokens": 10}
+    theirs = known | {"policy": "published", "predicted_s": None, "measured_s": 3.0, "forward_tokens": 90}
+    return [known | {"policy": "learned"} | learned, theirs]
+
+
 TOLD = [
     (claims.of_training, 0, [{"small": [4.0, 1, 1, 1, 1, 1, 1], "big": [4.0, 1, 1, 1, 1, 1, 0.5]}],
      [{"small": [4.0, 3.5, 3, 2, 1, 1, 1], "big": [4.0, 1, 1, 1, 1, 1, 1]}]),
@@ -126,6 +135,10 @@ TOLD = [
     (timing.of_speed_up, 0, [{"a": ([0.1, 0.4], [5.0, 2.0])}, 0.4], [{"a": ([0.1, 0.4], [5.0, 3.0])}, 0.4]),
     (timing.of_seconds, 0, [POINTS], [[*POINTS, {"big": "8B", "policy": "learned", "seconds": 6}]]),
     (timing.of_the_clock, 0, [[{"ratio": 0.9}]], [[{"ratio": 0.5}]]),
+    (timing.of_measured_speed, 0, [speeds()], [speeds(speed_up=0.9)]),
+    (timing.of_measured_speed, 1, [speeds()], [speeds(predicted_speed_up=2.3)]),
+    (timing.of_measured_speed, 2, [speeds()], [speeds(measured_s=1.2)]),
+    (timing.of_measured_speed, 3, [speeds()], [speeds(measured_s=4.0)]),
     (timing.of_load, 0, [[0.1, 0.5, 1.5], {"a": ([1, 5, 15], [1.0, 1.1, 4.0])}],
      [[0.1, 0.5, 1.5], {"a": ([1, 5, 15], [1.0, 2.0, 4.0])}]),
     (timing.of_load, 1, [[0.1, 0.5, 1.5], {"a": ([1, 5, 15], [1.0, 1.1, 4.0])}],

@@ -103,6 +103,20 @@ def drawn(name):
         ),
         figures.accuracy_by_mode: lambda: figures.accuracy_by_mode([row(name), row("big", dataset=name)]),
         figures.speed_up_by_share: lambda: figures.speed_up_by_share(curve, name),
+        figures.measured_speed_up: lambda: figures.measured_speed_up(
+            [
+                {
+                    "batch": b,
+                    "policy": name,
+                    "cost_ratio": 2.0,
+                    "speed_up": 1.5,
+                    "predicted_speed_up": 1.4,
+                    "limit_speed_up": 1.6,
+                }
+                for b in (1, 16)
+            ],
+            name,
+        ),
         figures.accuracy_by_time: lambda: figures.accuracy_by_time([row(name)], name),
         figures.latency_by_load: lambda: figures.latency_by_load(curve),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass, field
+from math import ceil
 
 from srlib.cost.costs import Cost
 
@@ -17,11 +18,17 @@ NAMES = ("small", "big")
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens in a row that one model writes; `given`: put behind them without being written (a closing tag)."""
+    """Tokens in a row that one model writes.
+
+    Args:
+        given: put behind them without being written (a closing tag).
+        drafted: tokens that the small model writes before, for the big one to check in the pass that writes its own.
+    """
 
     side: int
     tokens: int
     given: int = 0
+    drafted: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,9 @@ class Pipeline:
         control_chunk: tokens of the big model between two looks of the small one; 0: it does not look.
         overlap: the big model writes on while the small one looks.
         switch_s: seconds from one model to the other at each hand-over, in both directions.
-        answer_s: seconds of the controller for each answer; a shared device waits for it.
+        process: the big model works by itself, and the small one in the controller's steps, as in `srlib.engine.process`.
+        message_s: seconds to a model that works by itself and back, for each thing it is asked.
+        answer_s: seconds of the controller for each answer; what works in its steps waits for it.
     """
 
     small: Cost
@@ -59,6 +68,8 @@ class Pipeline:
     control_chunk: int = 0
     overlap: bool = False
     switch_s: float = 0.0
+    process: bool = False
+    message_s: float = 0.0
     answer_s: float = 0.0
 
 
@@ -94,23 +105,30 @@ def even(share: float, prompt: int, decode: int, span: int, arrival: float = 0.0
     return Job(prompt, tuple(s for s in stretches if s.tokens), arrival)
 
 
-def replay(owners: str, prompt: int, tags: bool, arrival: float = 0.0) -> Job:
+def replay(owners: str, prompt: int, tags: bool, arrival: float = 0.0, chunk: int = 1) -> Job:
     """The request behind a completion that was written.
 
     Args:
         owners: of its tokens, `S`, `B` or `F`, as in the completions of stage 05.
         prompt: tokens of the prompt.
         tags: spans end with a closing tag of one token, which nobody decodes.
+        chunk: with tags the big model writes so many tokens between two looks; those behind the tag's place are lost,
+            and take their time all the same.
     """
     stretches: list[Stretch] = []
     for big, run in itertools.groupby(owners, lambda letter: letter == "B"):
         n = len(list(run))
         if not big and tags and stretches:  # behind a span
-            stretches[-1] = Stretch(BIG, stretches[-1].tokens, given=1)
+            stretches[-1] = Stretch(BIG, ceil(stretches[-1].tokens / chunk) * chunk, given=1)
             n -= 1
         if n:
             stretches.append(Stretch(BIG if big else SMALL, n))
     return Job(prompt, tuple(stretches), arrival)
+
+
+def drafts(owners: str, prompt: int, draft: int, arrival: float = 0.0) -> Job:
+    """The request behind a completion of speculative decoding: each token of the big model ended a draft of `draft`."""
+    return Job(prompt, (Stretch(BIG, 1, drafted=draft),) * owners.count("B"), arrival)
 
 
 def arrivals(n: int, rate: float | None, seed: int = 0) -> list[float]:

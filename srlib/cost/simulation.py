@@ -1,8 +1,9 @@
 """Engines on a virtual clock: they compute nothing, and say how long it would have taken.
 
 A model takes all that it is asked at a moment into one forward pass, whose seconds a `Cost` gives. A
-device runs one pass at a time; the two models have devices of their own, and work by themselves, or they
-share one, and the controller has them take turns. The controller is the real one.
+device runs one pass at a time; the two models have devices of their own, and work by themselves, or the
+small one works in the controller's steps, or they share a device, and the controller has them take turns.
+The controller is the real one.
 
 Where nothing changes many passes are taken at once, so that events are stretches and not tokens.
 """
@@ -57,6 +58,7 @@ class _Sequence(protocol.Sequence):
     rests: float = 0.0  # what is asked for it does not begin before
     owner: int = 0  # which of the controllers opened it
     claimed: int = 0  # ids that what was asked will have processed
+    closed: bool = False
 
 
 def _own(request: Request) -> _Sequence:
@@ -151,6 +153,8 @@ class _Model:
 class _Engine:
     """A model as one controller sees it."""
 
+    running: bool
+
     def __init__(self, model: _Model, owner: int, slots: int) -> None:
         self.model, self.owner, self.slots = model, owner, slots
         self.tokenizer, self.context, self.counters = model.world.tokenizer, ENDLESS, Counters()
@@ -160,17 +164,23 @@ class _Engine:
         return _Sequence(0, list(ids), sampling, owner=self.owner)
 
     def close(self, sequence: protocol.Sequence) -> None:
+        cast(_Sequence, sequence).closed = True
         self.model.forget(sequence)
 
     def submit(self, request: Request) -> Request:
         request.start = len(request.sequence.ids)
         request.sequence.ids += request.feed
         world = self.model.world
-        if (rests := _own(request).rests) > world.now:
-            world.at(rests, self.take, request)
+        begins = max(_own(request).rests, world.now + (world.pipeline.message_s if self.running else 0.0))
+        if begins > world.now:
+            world.at(begins, self._came, request)
         else:
             self.take(request)
         return request
+
+    def _came(self, request: Request) -> None:
+        if not _own(request).closed:
+            self.take(request)
 
     def take(self, request: Request) -> None:
         """Hand a request to the model."""
@@ -204,6 +214,7 @@ class _Alone(_Engine):
 
     def collect(self) -> list[Request]:
         done, self.done = self.done, []
+        self.model.world.control(len(done))
         return done
 
     def _at(self, time: float, what: Callable[[int], None]) -> None:
@@ -228,7 +239,7 @@ class _Alone(_Engine):
 
 
 class _Shared(_Engine):
-    """On a device that both models share: a step is a pass, or several where only this model is asked."""
+    """It works in the controller's steps: a step is a pass, or several where no other model of its device is asked."""
 
     running = False
 
@@ -247,17 +258,16 @@ class _Shared(_Engine):
 
     def step(self) -> list[Request]:
         model, world = self.model, self.model.world
-        others = any(other.asked for other in (*world.smalls, world.big) if other is not model)
+        beside = (*world.smalls, world.big) if world.pipeline.shared else ()
+        others = any(other.asked for other in beside if other is not model)
         model.take(1 if others else None)
         if model.k > 1 and (next_ := world.next_event) is not None:  # something begins meanwhile
             model.k = max(1, min(model.k, ceil((next_ - world.now) / model.each)))
-        world.now += model.k * model.each
+        world.spend(model.k * model.each)
         done = model.end()
         finished = set(done)
         self.pending = [request for request in self.pending if request not in finished]
-        pause = world.pipeline.answer_s * len(done)
-        world.causes["controller"] += pause
-        world.now += pause
+        world.control(len(done))
         return done
 
 
@@ -276,7 +286,9 @@ class _Script(Policy):
                 cast(_Sequence, side.sequence).rests = self.world.now + p.switch_s
                 self.world.causes["switch"] += p.switch_s
             before = stretch.side
-            if stretch.side == SMALL:
+            if stretch.drafted:
+                yield from writer.draft(stretch.drafted)
+            elif stretch.side == SMALL:
                 yield from writer.small_writes(stretch.tokens)
             elif p.control_chunk:
                 yield from writer.span(stretch.tokens)
@@ -298,12 +310,13 @@ class _World:
         self.served: list[float] = []
         self.smalls = [_Model(self, SMALL, pipeline.small) for _ in range(pipeline.replicas)]
         self.big = _Model(self, BIG, pipeline.big)
-        kind = _Shared if pipeline.shared else _Alone
+        one_kind = _Shared if pipeline.shared or pipeline.process else _Alone
+        other_kind = _Shared if pipeline.shared else _Alone
         self._sides: list[tuple[Any, Any]] = []
         self._controllers: list[Offloader] = []
         for i, small in enumerate(self.smalls):
             slots = slots_for(pipeline.slots, pipeline.oversubscribe)
-            sides = kind(small, i, slots), kind(self.big, i, slots)
+            sides = one_kind(small, i, slots), other_kind(self.big, i, slots)
             self._sides.append(sides)
             one, other = (cast(Engine, side) for side in sides)  # as far as a script needs it
             how: dict[str, Any] = {
@@ -325,6 +338,20 @@ class _World:
     def at(self, time: float, what: Callable[[Any], None], given: Any, last: bool = False) -> None:
         """Have `what` called with `given` at a time; `last`: when the controllers have done all they can at that time."""
         heapq.heappush(self._events, (time, last, next(self.order), what, given))
+
+    def spend(self, seconds: float) -> None:
+        """A time in which a controller does not answer; what works by itself goes on."""
+        until = self.now + seconds
+        while self._events and self._events[0][0] < until:
+            self.now = max(self.now, self._events[0][0])
+            self._happen()
+        self.now = until
+
+    def control(self, answers: int) -> None:
+        """The seconds that a controller takes for its answers."""
+        pause = self.pipeline.answer_s * answers
+        self.causes["controller"] += pause
+        self.spend(pause)
 
     def go_on(self) -> bool:
         """All that happens at this moment, then the controllers, then passes begin; False: there is nothing more."""

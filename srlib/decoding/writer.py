@@ -45,6 +45,7 @@ class Side:
         self.unread = list(prompt_ids)
         self._sequence: Sequence | None = None
         self.length = 0  # ids the sequence has, as far as they have been heard of
+        self.beside = 0  # tokens processed for the trace in sequences that a policy has opened beside this one
 
     @property
     def turns(self) -> Turns:
@@ -93,7 +94,7 @@ class Side:
     @property
     def forwarded(self) -> int:
         """How many tokens the model has processed for this trace."""
-        return self._sequence.forwarded if self._sequence else 0
+        return self.beside + (self._sequence.forwarded if self._sequence else 0)
 
 
 class Writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
 from logging import getLogger
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers.utils import logging
 
 from srlib import SrlibError
 from srlib.data.prompts import set_template
-from srlib.engine.files import check
+from srlib.engine.files import check, saving
 from srlib.engine.slots import ATTENTION
 from srlib.params.models import ModelSpec
 
@@ -104,6 +105,42 @@ def _with_adapter(
     except Exception as error:
         raise SrlibError(f"The adapter in {spec.adapter} cannot be loaded: {_line(error)}. Make it again.") from None
     return model.merge_and_unload() if spec.merge and not trainable and spec.quantization == "none" else model
+
+
+def deepen(spec: ModelSpec, layers: int, folder: Path) -> ModelSpec:
+    """Write a model with so many more layers that add nothing to what it computes: it writes the same, and costs more.
+
+    They are copies of its last one whose two ways back into the residual stream are zero, and every engine works them
+    out like any other.
+
+    Returns:
+        where it is, to be loaded as the one of `spec`.
+
+    Raises:
+        SrlibError: it has quantised weights, or a layer that is built otherwise.
+    """
+    model, tokenizer = load_model(spec.model_copy(update={"device": "cpu"}))
+    stack, config = getattr(model.get_decoder(), "layers", []), model.config.get_text_config()
+    parts = dict(stack[-1].named_modules()) if len(stack) else {}
+    ways = [name for name in ("self_attn.o_proj", "mlp.down_proj") if isinstance(parts.get(name), torch.nn.Linear)]
+    if spec.quantization != "none" or len(ways) < 2:
+        raise SrlibError(
+            f"{spec.path} gets no inert layers: that needs plain weights, and layers with self_attn.o_proj and "
+            "mlp.down_proj."
+        )
+    for _ in range(layers):
+        layer = deepcopy(stack[-1])
+        for name in ways:
+            for weight in layer.get_submodule(name).parameters():
+                torch.nn.init.zeros_(weight)
+        stack.append(layer)
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = [*kinds, *kinds[-1:] * layers]
+    config.num_hidden_layers = len(stack)
+    with saving(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return spec.model_copy(update={"path": str(folder), "adapter": None})
 
 
 def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:

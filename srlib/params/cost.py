@@ -35,6 +35,9 @@ class Latency(Section):
         [1, 8, 1000], min_length=1, description="07: numbers of GPUs to plan for"
     )
     n_check: int = Field(12, ge=1, description="07: problems on which prediction and clock are compared")
+    cost_ratios: list[Annotated[float, Field(ge=1)]] = Field(
+        [], description="07: as bench.cost_ratios, on n_check problems, once; empty: not measured"
+    )
 
 
 class Hardware(Section):

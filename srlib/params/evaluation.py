@@ -80,7 +80,7 @@ class Bench(Section):
         ["learned", "random", "speculative"], description="beside each model alone"
     )
     batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(
-        [1, 16, 64], min_length=1, description="as offload.batch_size, one after the other"
+        [1, 16, 64], description="as offload.batch_size, one after the other; empty: only cost_ratios are measured"
     )
     repeats: int = Field(3, ge=1, description="runs whose median is taken, after one to warm up")
     max_tokens: int = Field(64, ge=2, description="most tokens of a trace (07: if offload has not fewer)")
@@ -89,3 +89,16 @@ class Bench(Section):
     random_share: float = Field(0.05, gt=0, lt=1, description="probability with which random has the big model write")
     random_chunk: int = Field(16, ge=1, description="tokens one owner writes in a row under random")
     draft_tokens: int = Field(4, ge=1, description="tokens the small model drafts in speculative decoding")
+    cost_ratios: list[Annotated[float, Field(ge=1)]] = Field(
+        [],
+        description="seconds of a token of the big model over those of the small one, which inert layers behind it "
+        "give it, for the measured speed-up; empty: not measured",
+    )
+    speed_batches: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 16], min_length=1, description="cost_ratios, and 07: as batch_sizes"
+    )
+    speed_traces: int = Field(12, ge=1, description="cost_ratios: traces of a run at least, and four for each place")
+    stream_chunk: int = Field(16, ge=0, description="cost_ratios, and 07: as offload.stream_chunk")
+    peek_tokens: int = Field(
+        8, ge=1, description="cost_ratios, and 07: tokens the public code's way generates to look for a closing tag"
+    )

@@ -36,7 +36,7 @@ from srlib.decoding.translate import same_vocabulary
 from srlib.engine.protocol import Engine, Request
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import Params, paths, slots_for
-from srlib.run import locks, stages
+from srlib.run import locks, speed, stages
 from srlib.run.manifest import machine
 
 COLUMNS = ("efficiency", "with_reading", "reread_share", "small_share", "big_share", "controller_share", "idle_share")
@@ -51,9 +51,10 @@ def run(p: Params) -> dict[str, Any]:
     Returns:
         `rows`, one a batch size and policy: tokens, `offload_share`, `seconds`, `tokens_per_s`,
         traces `under_way`, `speed` relative to the small model alone, and the shares of `COLUMNS`;
-        `closing_check`, one a batch size; the `machine`, and the `settings` that were `p.bench`.
+        `closing_check`, one a batch size; `speed`, at the costs of `cost_ratios` (see `srlib.run.speed`); the
+        `machine`, and the `settings` that were `p.bench`.
     """
-    most = max(p.bench.batch_sizes)
+    most = max(p.bench.batch_sizes, default=1)
     tuned = p.tuned if p.tuned.adapter is None or Path(p.tuned.adapter).exists() else p.small
     slots = slots_for(most, p.offload.oversubscribe)
     small, big = engine.load(tuned, slots), engine.load(p.big, slots)
@@ -61,7 +62,7 @@ def run(p: Params) -> dict[str, Any]:
     policies = [Never("small"), Always("big"), *(policy for policy in mixed if policy.name in p.bench.policies)]
     numbers = {batch: max(p.bench.min_traces, batch * p.bench.traces_per_slot) for batch in p.bench.batch_sizes}
     tasks = problems.load(p.test)
-    texts = [tasks[i % len(tasks)].prompt for i in range(max(numbers.values()))]
+    texts = [tasks[i % len(tasks)].prompt for i in range(max(numbers.values(), default=0))]
     encoded = encode_prompts(small.tokenizer, [text + p.offload.hint for text in texts])
     # Cutting prompts into tokens is no part of what is measured, but where each model needs its own.
     prompts = encoded if same_vocabulary(small.tokenizer, big.tokenizer) else texts
@@ -90,9 +91,14 @@ def run(p: Params) -> dict[str, Any]:
         if not small.running:
             checks.append({"batch": batch, **_closing_check(small, encoded[:batch], p)})
     bar.close()
+    adapter = p.reinforced.adapter
+    reinforced = p.reinforced if adapter is not None and Path(adapter).exists() else None
     return {
         "rows": rows,
         "closing_check": checks,
+        "speed": speed.run(p, p.bench.cost_ratios, p.bench.speed_traces, p.bench.repeats, reinforced)
+        if p.bench.cost_ratios
+        else [],
         "tuned": tuned.adapter is not None or p.pair.tuned is not None,
         "machine": machine(),
         "settings": p.bench.model_dump(),
@@ -121,14 +127,18 @@ def main(p: Params) -> int:
 
 def table(result: dict[str, Any]) -> str:
     """The measurement as text."""
-    frame = pd.DataFrame(result["rows"]).set_index(["batch", "policy"])
-    shown = frame[["under_way", "offload_share", "tokens_per_s", "speed", *COLUMNS]]
-    lines = [shown.to_string(float_format="{:.3f}".format, na_rep="")]
+    lines = []
+    if result["rows"]:
+        frame = pd.DataFrame(result["rows"]).set_index(["batch", "policy"])
+        shown = frame[["under_way", "offload_share", "tokens_per_s", "speed", *COLUMNS]]
+        lines.append(shown.to_string(float_format="{:.3f}".format, na_rep=""))
     for check in result["closing_check"]:
         lines.append(
             f"closing check at batch {check['batch']}: asking at each of {check['tokens']} tokens takes "
             f"{check['one_pass']:.2f} times the pass that only reads them, separate passes {check['separate']:.2f} times"
         )
+    if result["speed"]:
+        lines.append(pd.DataFrame(result["speed"]).to_string(index=False, float_format="{:.3f}".format, na_rep=""))
     if not result["tuned"]:
         lines.append("There is no tuned model: `learned` is the small model as it is, which does not ask.")
     return "\n".join(lines)

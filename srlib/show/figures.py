@@ -319,6 +319,31 @@ def speed_up_by_share(curves: dict[str, tuple[Sequence[float], Sequence[float]]]
     return figure
 
 
+def measured_speed_up(rows: Sequence[dict], title: str = "") -> Figure:
+    """How many times faster than the big model alone, by its cost; the simulation dashed, the limit dotted.
+
+    Args:
+        rows: of `srlib.run.speed`; a panel for each batch.
+    """
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    names = list(dict.fromkeys(row["policy"] for row in rows if row["policy"] != "big"))
+    figure, panels = _axes(1 + 5 * len(batches), 3.8, columns=len(batches))
+    for axes, batch in zip(np.atleast_1d(panels), batches):
+        for name, colour in zip(names, sns.color_palette("deep", len(names))):
+            some = [row for row in rows if (row["batch"], row["policy"]) == (batch, name)]
+            costs = [row["cost_ratio"] for row in some]
+            axes.plot(costs, [row["speed_up"] for row in some], color=colour, marker="o", label=label(name))
+            for key, style in (("predicted_speed_up", "--"), ("limit_speed_up", ":")):
+                known = [(cost, row[key]) for cost, row in zip(costs, some) if row[key] is not None]
+                if known:
+                    axes.plot(*zip(*known), color=colour, linestyle=style)
+        axes.axhline(1, color="grey", linewidth=1)
+        axes.set(xscale="log", yscale="log", title=label(f"{title} batch {batch}".strip()))
+        axes.set(xlabel="cost of a big token, in small ones", ylabel="speed-up over the big model alone")
+    np.atleast_1d(panels)[0].legend(fontsize="x-small")
+    return figure
+
+
 def accuracy_by_time(rows: Sequence[dict], title: str = "") -> Figure:
     """Accuracy, with its interval, against seconds a problem; a colour for each big model, a marker for each policy.
 

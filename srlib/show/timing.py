@@ -68,6 +68,39 @@ def of_the_clock(checked: Sequence[Row]) -> None:
     )
 
 
+def of_measured_speed(rows: Sequence[Row]) -> None:
+    """Of `srlib.run.speed`: what the learned policy gains, whether the simulation said so, and how far the limit is."""
+    learned = [row for row in rows if row["policy"] == "learned"]
+    for row in learned:
+        claim(
+            f"batch {row['batch']}: where a token of the big model costs {row['cost_ratio']:.1f} of the small one, the "
+            "learned policy is faster than the big model alone",
+            row["speed_up"] > 1,
+            f"{row['speed_up']:.2f} times; {row['offload_share']:.1%} of the tokens are the big model's",
+        )
+    apart = [row["predicted_speed_up"] / row["speed_up"] for row in rows if row["predicted_s"] is not None]
+    claim(
+        "the simulation says every speed-up within a tenth",
+        all(0.9 <= ratio <= 1.1 for ratio in apart) if apart else None,
+        f"from {min(apart):.2f} to {max(apart):.2f} of what is measured" if apart else "",
+    )
+    over = [row["measured_s"] / row["limit_s"] for row in learned]
+    claim(
+        "the learned policy takes at most 15 % longer than its limit",
+        max(over) <= 1.15 if over else None,
+        ", ".join(f"batch {row['batch']}, {row['ratio']:g} times: {part:.2f}" for row, part in zip(learned, over)),
+    )
+    for row in rows:
+        if row["policy"] == "published":
+            (ours,) = (r for r in learned if (r["batch"], r["ratio"]) == (row["batch"], row["ratio"]))
+            claim(
+                f"batch {row['batch']}, {row['ratio']:g} times: the public code's way takes longer for the same tokens",
+                row["measured_s"] > ours["measured_s"],
+                f"{row['measured_s'] / ours['measured_s']:.1f} times as long, and "
+                f"{row['forward_tokens'] / ours['forward_tokens']:.1f} times as many tokens processed",
+            )
+
+
 def of_load(parts: Sequence[float], curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
     """Requests that come at parts of what a group serves at full load: name → (rates, seconds)."""
     for name, (_, seconds) in curves.items():

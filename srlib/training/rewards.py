@@ -17,7 +17,7 @@ from math import isfinite
 from srlib import SrlibError
 from srlib.cost.latency import PairSpeed
 from srlib.data.spans import CLOSE, OPEN
-from srlib.params import Grpo, own, stages
+from srlib.params import Grpo, own, training
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def register(reward: Reward) -> Reward:
     """
     own.takes(reward, f"The reward {reward.__name__}", "rollouts", "targets")
     REWARDS[reward.__name__] = reward
-    stages.REGISTERED.add(reward.__name__)
+    training.REGISTERED.add(reward.__name__)
     return reward
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from srlib.data.rows import Problem, write_jsonl
 from srlib.decoding.scheduler import Offloader
-from srlib.run import bench
+from srlib.run import bench, speed
 from tests.purposes import Case, shows
 from tests.purposes.latency import against_the_clock
 
@@ -17,7 +17,13 @@ def measured(case: Case, **settings: Any) -> tuple[list[dict[str, Any]], list[tu
     test = case.folder / "test.jsonl"
     write_jsonl(test, [Problem(id=str(i), prompt=f"{i}+2?", answer="3") for i in range(4)])
     changes = {"pair.small.path": small, "pair.big.path": big, "data.test": str(test)}
-    least = {"batch_sizes": [1], "min_traces": 1, "traces_per_slot": 1, "max_tokens": 4, "policies": ["random"]}
+    least: dict[str, Any] = {
+        "batch_sizes": [1],
+        "min_traces": 1,
+        "traces_per_slot": 1,
+        "max_tokens": 4,
+        "policies": ["random"],
+    }
     changes |= {f"bench.{name}": value for name, value in {**least, **settings}.items()}
     runs: list[tuple[Offloader, int]] = []
     measure = bench._measure
@@ -88,3 +94,55 @@ def how_the_policies_write(case: Case) -> None:
     else:
         assert getattr(policy(runs, "random"), what) == value
         assert getattr(against_the_clock(case, {case.key: value})[0][4][-1], what) == value
+
+
+def at_costs(case: Case, changes: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Offloader], list[int]]:
+    """The rows of the measured speed-up, who wrote them in the order of writing, and how many prompts each had."""
+    small, big = case.fixture("folders")
+    test = case.folder / "test.jsonl"
+    write_jsonl(test, [Problem(id=str(i), prompt=f"{i}+2?", answer="3") for i in range(4)])
+    least = {"bench.batch_sizes": [], "bench.speed_batches": [1], "bench.speed_traces": 2, "bench.cost_ratios": [1.0]}
+    least |= {"bench.max_tokens": 4, "bench.repeats": 1, "pair.tuned.path": small, "pair.big.path": big}
+    wrote: list[Offloader] = []
+    numbers: list[int] = []
+    write = Offloader.run
+
+    def noted(writer: Offloader, prompts: list) -> list:
+        wrote.append(writer)
+        numbers.append(len(prompts))
+        return write(writer, prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Offloader, "run", noted)
+        patch.setattr(speed, "dial", lambda *_: speed.Dial(1.0, 1.0, 1.0))
+        rows = bench.run(case.params({**least, "data.test": str(test), **changes}))["speed"]
+    return rows, wrote, numbers
+
+
+@shows("bench.cost_ratios")
+def costs_of_the_big_model(case: Case) -> None:
+    rows, *_ = at_costs(case, {"bench.cost_ratios": [1.0, 3.0]})
+    assert [(row["ratio"], row["layers"]) for row in rows if row["policy"] == "big"] == [(1.0, 0), (3.0, 2)]
+
+
+@shows("bench.speed_batches")
+def batches_at_each_cost(case: Case) -> None:
+    rows, wrote, _ = at_costs(case, {"bench.speed_batches": [2, 3]})
+    assert {row["batch"] for row in rows} == {writer.batch_size for writer in wrote} == {2, 3}
+
+
+@shows("bench.speed_traces")
+def traces_at_each_cost(case: Case) -> None:
+    assert set(at_costs(case, {"bench.speed_traces": 7})[2]) == {7}
+
+
+@shows("bench.stream_chunk")
+def reading_along_at_each_cost(case: Case) -> None:
+    _, wrote, _ = at_costs(case, {"bench.stream_chunk": 3})
+    assert {writer.stream_chunk for writer in wrote} == {3}
+
+
+@shows("bench.peek_tokens")
+def looking_as_the_public_code_does(case: Case) -> None:
+    _, wrote, _ = at_costs(case, {"bench.peek_tokens": 3})
+    assert policy([(writer, 0) for writer in wrote], "published").peek == 3

@@ -10,6 +10,7 @@ from srlib import engine
 from srlib.cost import costs, latency, planning
 from srlib.cost.latency import TABLES, PairSpeed, Speed
 from srlib.data.rows import read_json
+from srlib.run import speed
 from tests.cells import run_cells
 from tests.purposes import Case, shows
 
@@ -158,3 +159,20 @@ def against_the_clock(case: Case, changes: dict[str, Any]) -> tuple[tuple, list[
         exec("from srlib.show import timing\nfrom srlib.show.tables import table", scope)
         run_cells("07_latency", scope, "latency.check(")
     return asked[0], read_json(case.folder / "check.json", list)
+
+
+@shows("latency.cost_ratios")
+def costs_that_are_measured(case: Case) -> None:
+    asked: list[tuple] = []
+    p = case.params({"latency.cost_ratios": [3.0]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "run", lambda *given, **_: asked.append(given) or [])
+        scope = {
+            "p": p,
+            "folder": case.folder,
+            "small": SimpleNamespace(running=False),
+            "big": SimpleNamespace(running=False),
+        }
+        exec("from srlib.data.rows import write_json\nfrom srlib.show.tables import table", scope)
+        run_cells("07_latency", scope, "speed.run(")
+    assert asked == [(p, [3.0], p.latency.n_check)]
