@@ -34,7 +34,8 @@ def test_rejection_goes_from_learned_to_switched_off(engines, prompts):
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > shares[2] > shares[3] == 0
     assert ids(run(Learned(reject=0.0))) == ids(run(Learned()))
-    assert [t.ids for t in run(Learned(reject=1.0))] == [t.ids for t in run(Never())]
+    alone = [(off.ids, never.ids) for off, never in zip(run(Learned(reject=1.0)), run(Never())) if not never.malformed]
+    assert alone and all(off == never for off, never in alone)  # one that is never asked may close what is not open
 
 
 @pytest.mark.parametrize("cap", [0.1, 0.3])
