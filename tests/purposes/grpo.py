@@ -19,7 +19,7 @@ from srlib.engine.transformers import TransformersEngine
 from srlib.engine.vllm.arguments import arguments
 from srlib.params import Arith, Latency, ModelSpec, Params
 from srlib.training import grpo, launch, rollouts
-from srlib.training.rewards import PRESETS, Rollout
+from srlib.training.rewards import PRESETS, REWARDS, Rollout
 from tests.conftest import random_model
 from tests.purposes import Case, once, shows
 from tests.test_grpo import make_tuned
@@ -168,7 +168,7 @@ def groups(seen: Trained, step: int = 0) -> list[int]:
 
 def reward(seen: Trained, name: str, members: int = 4) -> torch.Tensor:
     """(G, N) a reward of the first step's rollouts, a row a group."""
-    return torch.tensor(grpo.REWARDS[name](seen.rollouts[0], grpo.Targets(SPEED))).view(-1, members)
+    return torch.tensor(REWARDS[name](seen.rollouts[0], grpo.Targets(SPEED))).view(-1, members)
 
 
 def in_order(advantages: torch.Tensor) -> list[float]:
