@@ -45,8 +45,8 @@ class Published(Policy):
         while not writer.done:
             stops = (trace.tags.open, *o.small_eos)
             (request,) = yield from _ask(writer.small, [_all(writer)], max_new=writer.left, stops=stops)
-            _append(writer, request.ids, SMALL, request.logprobs)
-            _end_if(writer, request.stopped in o.small_eos)
+            writer.append(request.ids, SMALL, request.logprobs)
+            writer.end_if(request.stopped in o.small_eos)
             if request.stopped == trace.tags.open and not writer.done:
                 start, began = len(trace.ids), o.clock()
                 closed_by, end = yield from self._span(writer)
@@ -67,7 +67,7 @@ class Published(Policy):
                 if request.error:
                     raise request.error
                 unread = []
-                _append(writer, request.ids, BIG, request.logprobs)
+                writer.append(request.ids, BIG, request.logprobs)
                 ended = request.stopped is not None
                 asked = len(request.ids) - ended
                 text = _all(writer)
@@ -77,16 +77,16 @@ class Published(Policy):
                 if place is not None and writer.room - before - place - 1 >= len(close):
                     for column in (trace.ids, trace.owners, trace.logprobs):
                         del column[before + place + 1 :]
-                    _append(writer, close, SMALL, peeks[place].logprobs[: len(close)])
-                    _end_if(writer, False)
+                    writer.append(close, SMALL, peeks[place].logprobs[: len(close)])
+                    writer.end_if(False)
                     return "small", before + place + 1
-                _end_if(writer, ended)
+                writer.end_if(ended)
                 if writer.done:
                     return trace.finish, len(trace.ids)
                 if (end := len(trace.ids)) >= start + o.span_budget:
                     close = close[: writer.left]
-                    _append(writer, close, FORCED, [NAN] * len(close))
-                    _end_if(writer, False)
+                    writer.append(close, FORCED, [NAN] * len(close))
+                    writer.end_if(False)
                     return "budget", end
         finally:
             writer.big.turns.engine.close(sequence)
@@ -113,13 +113,3 @@ def _ask(side: Side, texts: list[list[int]], **wanted: Any) -> Generator[Request
             engine.close(request.sequence)
             side.beside += request.sequence.forwarded
     return requests
-
-
-def _append(writer: Writer, ids: list[int], owner: int, logprobs: list[float]) -> None:
-    writer.trace.ids += ids
-    writer.trace.owners += [owner] * len(ids)
-    writer.trace.logprobs += logprobs
-
-
-def _end_if(writer: Writer, ended: bool) -> None:
-    writer.trace.finish = "eos" if ended else "length" if writer.left <= 0 else ""

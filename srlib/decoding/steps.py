@@ -50,7 +50,8 @@ def judged(writer: Writer, ends: tuple[str, ...], threshold: float) -> Steps:
     if surprise <= threshold:
         if tag:
             w.small.take_back(tag)
-        w.keep(step, SMALL, request.logprobs[: len(step)], request.stopped in w.o.small_eos)
+        w.append(step, SMALL, request.logprobs[: len(step)])
+        w.end_if(request.stopped in w.o.small_eos)
         w.big.unread.append(step[-1])
         return
     w.small.take_back(len(request.ids))

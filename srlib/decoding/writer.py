@@ -164,7 +164,7 @@ class Writer:
         """End the trace before its time: with what was written so far, or after an error with what was answered."""
         if self._under_way is not None and error is None:
             request, owner = self._under_way
-            self._append(request.ids, owner, request.logprobs)
+            self.append(request.ids, owner, request.logprobs)
         self._under_way, self._shaky = None, 0
         self.trace.finish, self.trace.cause = finish, error
         self.trace.error = str(error) if error else ""
@@ -174,14 +174,18 @@ class Writer:
         self.small.close()
         self.big.close()
 
-    def keep(self, ids: list[int], owner: int, logprobs: list[float], ended: bool) -> None:
-        """Write down what a model has written outside of the methods below, and whether the text ended with it."""
-        self._append(ids, owner, logprobs)
-        self._end_if(ended)
+    def append(self, ids: list[int], owner: int, logprobs: list[float]) -> None:
+        """Write down what a model has written, here or for a policy that asks models by itself."""
+        self.trace.ids += ids
+        self.trace.owners += [owner] * len(ids)
+        self.trace.logprobs += logprobs
 
-    def count(self) -> None:
-        """Note in the trace what each model has processed for it."""
-        self.trace.small_forward_tokens, self.trace.big_forward_tokens = self.small.forwarded, self.big.forwarded
+    def end_if(self, ended: bool) -> None:
+        """End the trace if the text has ended, or the total budget."""
+        if ended:
+            self.trace.finish = "eos"
+        elif self.left <= 0 and not self.trace.finish:
+            self.trace.finish = "length"
 
     def small_writes(
         self,
@@ -219,7 +223,7 @@ class Writer:
             yield request
             self._under_way = None
             self.small.answered(request)
-            self._append(request.ids, SMALL, request.logprobs)
+            self.append(request.ids, SMALL, request.logprobs)
             if request.stopped or request.unsure or len(self.trace.ids) >= end:
                 break
             if o.big is not None:  # it reads along, but for what may be the beginning of a tag
@@ -231,7 +235,7 @@ class Writer:
         else:
             tag = o.tag_of.get(stopped or ())
         self._shaky = 0
-        self._end_if(stopped in eos)
+        self.end_if(stopped in eos)
         if not self.done:
             self._show(start, len(o.ids_of[tag]) if tag else 0, last=True)
         return tag or ("unsure" if request.unsure else stopped if isinstance(stopped, str) else None)
@@ -240,7 +244,7 @@ class Writer:
         """Up to `n` tokens by the big model, or to a text of `until`."""
         start, began = len(self.trace.ids), self.o.clock()
         ended = yield from self._big_chunk(self._ask_big(n, until), last=True, live=self.o.bridge.same)
-        self._end_if(ended)
+        self.end_if(ended)
         self._handover(start, len(self.trace.ids), self.trace.finish or "chunk", began)
 
     def span(self, budget: int | None = None) -> Steps:
@@ -266,7 +270,7 @@ class Writer:
             if tag:
                 closed_by = "small"
                 continue
-            self._end_if(ended)
+            self.end_if(ended)
             closed_by = self.trace.finish or ("budget" if left <= 0 else "")
             if not closed_by:
                 request = ahead or self._ask_big(left)
@@ -275,9 +279,9 @@ class Writer:
         end = len(self.trace.ids) - tag
         if closed_by == "budget":
             close = list(self.trace.tags.close)[: self.left]
-            self._append(close, FORCED, [NAN] * len(close))
+            self.append(close, FORCED, [NAN] * len(close))
             self.small.unread += close
-        self._end_if(False)
+        self.end_if(False)
         self._handover(start, end, closed_by, began)
 
     def draft(self, n: int) -> Steps:
@@ -308,17 +312,17 @@ class Writer:
         while kept < len(drafted) and drafted[kept] == answer.own[kept]:
             kept += 1
         if drafted:
-            self._append(drafted[:kept], SMALL, request.logprobs[:kept])
+            self.append(drafted[:kept], SMALL, request.logprobs[:kept])
         if extra := len(drafted) - kept:
             self.small.take_back(extra)
             self.big.take_back(extra)
         if kept and (drafted[kept - 1],) in eos:
-            return self._end_if(True)
+            return self.end_if(True)
         start, token = len(self.trace.ids), answer.own[kept]
-        self._append([token], BIG, [NAN])
+        self.append([token], BIG, [NAN])
         self.small.unread.append(token)
         self.big.unread.append(token)
-        self._end_if((token,) in eos)
+        self.end_if((token,) in eos)
         self._handover(start, start + 1, self.trace.finish or "draft", began)
 
     def _ask_big(self, n: int, until: tuple[str, ...] = ()) -> Request:
@@ -339,7 +343,7 @@ class Writer:
         if len(ids) > self.left:  # the small model writes it in more tokens
             self._take_back_big(self.left)
             ids, ended = ids[: self.left], False
-        self._append(ids, BIG, request.logprobs if same else [NAN] * len(ids))
+        self.append(ids, BIG, request.logprobs if same else [NAN] * len(ids))
         self.small.unread += ids
         return ended
 
@@ -383,13 +387,13 @@ class Writer:
             self.small.take_back(extra)
             self._drop(extra)
         if tries is None:
-            self._append(list(close), SMALL, [request.watched[place]])
+            self.append(list(close), SMALL, [request.watched[place]])
             self.small.unread += close
         elif tuple(tries.ids) == close:
-            self._append(tries.ids, SMALL, tries.logprobs)
+            self.append(tries.ids, SMALL, tries.logprobs)
         else:
             self.small.take_back(len(tries.ids))
-            self._append(list(close), FORCED, [NAN] * len(close))
+            self.append(list(close), FORCED, [NAN] * len(close))
             self.small.unread += close
         return len(close)
 
@@ -408,7 +412,7 @@ class Writer:
         if again != tail[kept:] and self.left + len(tail) - kept >= len(again):
             self.small.take_back(len(tail) - kept)
             self._drop(len(tail) - kept)
-            self._append(again, FORCED, [NAN] * len(again))
+            self.append(again, FORCED, [NAN] * len(again))
             self.small.unread += again
         return tag
 
@@ -423,17 +427,6 @@ class Writer:
     def _drop(self, tokens: int) -> None:
         for column in (self.trace.ids, self.trace.owners, self.trace.logprobs):
             del column[-tokens:]
-
-    def _append(self, ids: list[int], owner: int, logprobs: list[float]) -> None:
-        self.trace.ids += ids
-        self.trace.owners += [owner] * len(ids)
-        self.trace.logprobs += logprobs
-
-    def _end_if(self, ended: bool) -> None:
-        if ended:
-            self.trace.finish = "eos"
-        elif self.left <= 0 and not self.trace.finish:
-            self.trace.finish = "length"
 
     def _handover(self, start: int, end: int, closed_by: str, began: float) -> None:
         """Record a stretch of the big model; one that goes on where the last one ended is the same."""
