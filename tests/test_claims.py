@@ -78,7 +78,7 @@ POINTS = [{"big": "8B", "policy": n, "seconds": s} for n, s in (("small", 1), ("
 
 # For each sentence: where it holds, and where it does not; the place of the sentence among those that are printed.
 def speeds(**learned):
-    """Rows of `srlib.run.speed`."""
+    """Rows of `srlib.cost.speed`."""
     known = {"batch": 1, "ratio": 5, "cost_ratio": 5.0, "offload_share": 0.1, "predicted_s": 1.1, "limit_s": 1.0}
     known |= {"measured_s": 1.1, "speed_up": 2.0, "predicted_speed_up": 2.1, "forward_tokens": 10}
     theirs = known | {"policy": "published", "predicted_s": None, "measured_s": 3.0, "forward_tokens": 90}

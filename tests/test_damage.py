@@ -17,7 +17,7 @@ from srlib.engine.models import load_model, load_tokenizer
 from srlib.params import ModelSpec, load
 from srlib.run import locks, pipeline, sweep
 from srlib.run.manifest import Manifest
-from srlib.run.stages import MAKERS, STAGES, artefacts, require_artefact
+from srlib.run.stages import MAKERS, STAGES, artefacts, needed, require_artefact
 from srlib.training import arith_pair
 
 HOW = ("cut", "flipped", "emptied", "other", "no text", "gone", "a folder")
@@ -68,7 +68,7 @@ def read_by_stages(p):
     """Every file that stages read, its maker, and who reads it."""
     found, files = artefacts(p), {}
     for stage in STAGES.values():
-        for name in (name for name in stage.reads if MAKERS[name] in STAGES):
+        for name in (name for name in needed(p, stage.name) if MAKERS[name] in STAGES):
             for path in map(Path, found[name].paths):
                 for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                     files.setdefault((file, MAKERS[name]), []).append(stage.name)

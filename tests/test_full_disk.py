@@ -175,7 +175,7 @@ def test_a_sweep_tells_what_its_run_told(tmp_path, monkeypatch, p):
     """Its screen cannot be kept: the sentence of the run is not hidden by that."""
     done = SimpleNamespace(returncode=2, stderr="error: the first\n")
     monkeypatch.setattr(sweep.subprocess, "run", lambda *_, **__: done)
-    with room(4000):
+    with room(8000):  # for the params, and not for the screen
         done.stderr += "more\n" * 4000
         assert sweep._run(p, tmp_path / "c").startswith("failed: error: the first")
 

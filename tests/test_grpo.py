@@ -301,7 +301,9 @@ def test_an_adapter_on_quantised_weights_is_trained_in_full_precision(tuned, big
 def test_small_model_explores_and_big_one_answers_as_at_inference(tuned, big, problems, monkeypatch):
     """TRL takes for granted that the policy's tokens are drawn from all, at the temperature it is told."""
     offload = OFFLOAD.model_copy(update={"temperature": 0.6, "top_p": 0.05, "top_k": 3, "hint": ""})
-    func = rollouts.Rollouts(None, big, problems, CONFIG.model_copy(update={"temperature": 1.3}), offload, 0, None)
+    func = rollouts.Rollouts(
+        big.tokenizer, big, problems, CONFIG.model_copy(update={"temperature": 1.3}), offload, 0, None
+    )
     sampled = {}
 
     class Writer(rollouts.Offloader):

@@ -131,7 +131,7 @@ def test_the_simulation_makes_the_passes_of_the_real_controller(engines, prompts
         real = small.counters.calls - before[0], big.counters.calls - before[1]
         tags = policy.tags
         pipeline = Pipeline(Cost(1.0), Cost(1.0), shared=True, control_chunk=control_chunk if tags else 0)
-        made = simulation.run(pipeline, latency._jobs([trace], tags)).passes
+        made = simulation.run(pipeline, latency._jobs([trace], tags, control_chunk)).passes
         assert abs(made["small"] - real[0]) <= 2 + 0.1 * real[0], (real, made)
         assert abs(made["big"] - real[1]) <= 2 + 0.1 * real[1], (real, made)
 

@@ -90,7 +90,7 @@ def pair(tmp_path):
         run="x",
         outputs=str(tmp_path),
         pair={side: {"path": str(tmp_path / side), "system": SYSTEM} for side in ("small", "big")},
-        data={"traces": data, "test": data},
+        data={"traces": data, "test": data, "decontaminate": 0},
         annotate={"method": "given", "n_traces": 2, "compare": ["gap", "entropy"], "max_share": 0.5},
         sft={"batch_size": 2, "epochs": 1, "learning_rate": 1e-12, "lora_rank": 2},
         offload={"hint": HINT, "max_tokens": 96, "batch_size": 4},

@@ -3,7 +3,7 @@
 import pytest
 
 from srlib import SrlibError, engine
-from srlib.cost import simulation
+from srlib.cost import simulation, speed
 from srlib.cost.costs import Cost
 from srlib.cost.jobs import BIG, SMALL, Job, Pipeline, Stretch, drafts, replay
 from srlib.cost.latency import Speed
@@ -14,7 +14,6 @@ from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import Handover, Trace
 from srlib.engine.models import deepen
 from srlib.params import ModelSpec
-from srlib.run import speed
 
 
 @pytest.mark.parametrize("process", [False, True])

@@ -4,6 +4,7 @@
 - `costs`: seconds of one forward pass; `hours`: of each stage, from a data sheet
 - `latency`: seconds of a trace, in rewards and beside the clock
 - `simulation`: the pipeline on a virtual clock
+- `speed`: seconds with a big model of any cost, beside the simulation and a limit
 - `planning`: what to buy
 """
 

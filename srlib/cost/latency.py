@@ -228,7 +228,7 @@ def check(
                 "oversubscribe": writer.oversubscribe,
             }
             traces = writer.run(prompts)  # warms up, and says who writes what
-            jobs, controller = _jobs(traces, policy.tags), writer.controller_seconds
+            jobs, controller = _jobs(traces, policy.tags, writer.control_chunk), writer.controller_seconds
             grid = tuple(sorted({1, max(1, batch // 4), batch}))
             runs = []
             for _ in range(repeats):
@@ -257,6 +257,6 @@ def check(
     return rows
 
 
-def _jobs(traces: Sequence[Trace], tags: bool) -> list[Job]:
+def _jobs(traces: Sequence[Trace], tags: bool, chunk: int = 1) -> list[Job]:
     owners = ["".join("SBF"[owner] for owner in trace.owners) for trace in traces]
-    return [replay(text, len(trace.prompt_ids), tags) for text, trace in zip(owners, traces)]
+    return [replay(text, len(trace.prompt_ids), tags, chunk=chunk) for text, trace in zip(owners, traces)]

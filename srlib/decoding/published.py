@@ -44,7 +44,9 @@ class Published(Policy):
             raise SrlibError(f"The policy {self.name} needs a small model whose tags are tokens.")
         while not writer.done:
             stops = (trace.tags.open, *o.small_eos)
-            (request,) = yield from _ask(writer.small, [_all(writer)], max_new=writer.left, stops=stops)
+            (request,) = yield from _ask(
+                writer.small, [_all(writer)], max_new=writer.left, stops=stops, banned=o.closing
+            )
             writer.append(request.ids, SMALL, request.logprobs)
             writer.end_if(request.stopped in o.small_eos)
             if request.stopped == trace.tags.open and not writer.done:

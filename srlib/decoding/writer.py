@@ -174,6 +174,10 @@ class Writer:
         self.small.close()
         self.big.close()
 
+    def count(self) -> None:
+        """Note in the trace what each model has processed for it."""
+        self.trace.small_forward_tokens, self.trace.big_forward_tokens = self.small.forwarded, self.big.forwarded
+
     def append(self, ids: list[int], owner: int, logprobs: list[float]) -> None:
         """Write down what a model has written, here or for a policy that asks models by itself."""
         self.trace.ids += ids

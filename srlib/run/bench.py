@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from srlib import engine
-from srlib.cost import latency, memory
+from srlib.cost import latency, memory, speed
 from srlib.data import problems
 from srlib.data.prompts import encode_prompts
 from srlib.data.rows import write_json
@@ -36,7 +36,7 @@ from srlib.decoding.translate import same_vocabulary
 from srlib.engine.protocol import Engine, Request
 from srlib.engine.transformers import TransformersEngine
 from srlib.params import Params, paths, slots_for
-from srlib.run import locks, speed, stages
+from srlib.run import locks, stages
 from srlib.run.manifest import machine
 
 COLUMNS = ("efficiency", "with_reading", "reread_share", "small_share", "big_share", "controller_share", "idle_share")
@@ -51,7 +51,7 @@ def run(p: Params) -> dict[str, Any]:
     Returns:
         `rows`, one a batch size and policy: tokens, `offload_share`, `seconds`, `tokens_per_s`,
         traces `under_way`, `speed` relative to the small model alone, and the shares of `COLUMNS`;
-        `closing_check`, one a batch size; `speed`, at the costs of `cost_ratios` (see `srlib.run.speed`); the
+        `closing_check`, one a batch size; `speed`, at the costs of `cost_ratios` (see `srlib.cost.speed`); the
         `machine`, and the `settings` that were `p.bench`.
     """
     most = max(p.bench.batch_sizes, default=1)

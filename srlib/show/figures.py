@@ -323,7 +323,7 @@ def measured_speed_up(rows: Sequence[dict], title: str = "") -> Figure:
     """How many times faster than the big model alone, by its cost; the simulation dashed, the limit dotted.
 
     Args:
-        rows: of `srlib.run.speed`; a panel for each batch.
+        rows: of `srlib.cost.speed`; a panel for each batch.
     """
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     names = list(dict.fromkeys(row["policy"] for row in rows if row["policy"] != "big"))

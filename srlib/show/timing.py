@@ -69,7 +69,7 @@ def of_the_clock(checked: Sequence[Row]) -> None:
 
 
 def of_measured_speed(rows: Sequence[Row]) -> None:
-    """Of `srlib.run.speed`: what the learned policy gains, whether the simulation said so, and how far the limit is."""
+    """Of `srlib.cost.speed`: what the learned policy gains, whether the simulation said so, and how far the limit is."""
     learned = [row for row in rows if row["policy"] == "learned"]
     for row in learned:
         claim(

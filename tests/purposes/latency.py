@@ -7,10 +7,9 @@ from unittest.mock import Mock
 import pytest
 
 from srlib import engine
-from srlib.cost import costs, latency, planning
+from srlib.cost import costs, latency, planning, speed
 from srlib.cost.latency import TABLES, PairSpeed, Speed
 from srlib.data.rows import read_json
-from srlib.run import speed
 from tests.cells import run_cells
 from tests.purposes import Case, shows
 
