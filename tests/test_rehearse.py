@@ -160,7 +160,8 @@ def test_a_set_in_the_shape_of_openr1_is_rehearsed(tmp_path):
     assert bad.total() == 100 and 5000 < fmean(lengths) < 6000 and max(lengths) > 25_000
     values = load("params/gpu24.yaml", outputs=str(tmp_path)).model_dump()
     values["data"]["traces"] = {"path": str(tmp_path / "set.jsonl"), "columns": COLUMNS}
-    values["data"]["test"] = str(write_jsonl(tmp_path / "test.jsonl", [{"prompt": "Is it?", "answer": "1"}]))
+    others = [{"prompt": f"Is it {i}?", "answer": "1"} for i in range(64)]
+    values["data"]["test"] = str(write_jsonl(tmp_path / "test.jsonl", others))
     with pytest.raises(SrlibError, match=r"holds 1900 traces that can be used \(.*\), fewer than the 4000 asked for"):
         rehearse.run(build(values, "it", Params), "params/gpu24.yaml")
     values["annotate"]["n_traces"] = values["grpo"]["n_problems"] = 1900
