@@ -338,6 +338,18 @@ def test_log_probabilities_are_trls(big, problems, tmp_path, spy, monkeypatch):
     assert sorted(recomputed) == pytest.approx(sorted(written), abs=1e-3)
 
 
+def test_a_model_that_scales_its_logits_learns_from_its_tokens_alone(big, problems, tmp_path, spy):
+    tuned = make_tuned(tmp_path)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"logits_scaling": 4.0}))
+    one = CONFIG.model_copy(update={"max_steps": 1})
+    with pytest.raises(SrlibError, match="has logits_scaling behind its output layer.*credit_waiting: false"):
+        grpo.train(tuned, big, problems, one, OFFLOAD, SPEED, 0, tmp_path)
+    assert not spy
+    grpo.train(tuned, big, problems, one.model_copy(update={"credit_waiting": False}), OFFLOAD, SPEED, 0, tmp_path)
+    assert all(mask == [int(p == p) for p in ps] for mask, ps in zip(spy[0]["env_mask"], spy[0]["logprobs"]))
+
+
 def test_rollouts_end_where_the_context_does(tuned, big, problems, tmp_path, spy):
     config, room = CONFIG.model_copy(update={"max_steps": 1}), OFFLOAD.model_copy(update={"max_tokens": 60})
     grpo.train(tuned.model_copy(update={"context": 20}), big, problems, config, room, SPEED, 0, tmp_path)

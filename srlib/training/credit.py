@@ -23,11 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from srlib.data.spans import Tags
 from srlib.decoding.trace import BIG, Trace
 
+# Of logits that are scaled or capped, by which p cannot be told from a decoder's answers alone, as it is here.
+MORE = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 LEAST = 1e-7  # a probability below is taken for it, so that its logarithm and its gradient are finite
 
 
@@ -51,6 +54,14 @@ def decided(logprobs: Tensor, closing: Tensor, ids: Tensor, before: Tensor, tags
     other = (-torch.expm1(closing)).clamp(min=LEAST).log()  # not to close
     waits = inside & ~opened & (ids != close)
     return torch.where(inside, torch.where(waits, other, logprobs), logprobs - other)
+
+
+def unknown_logits(model: PreTrainedModel) -> str:
+    """What a model makes of its output layer's answers beside giving them, as its configuration calls it; else nothing."""
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        return "a bias"
+    config = model.config.get_text_config()
+    return next((name for name in MORE if getattr(config, name, None) not in (None, 1)), "")
 
 
 class Credited(GRPOTrainer):

@@ -30,7 +30,7 @@ from srlib.engine.adapters import ready_for_trl
 from srlib.engine.models import device_of, dtype_of, load_model
 from srlib.engine.protocol import Engine
 from srlib.params import Grpo, ModelSpec, Offload, Params
-from srlib.training.credit import Credited
+from srlib.training.credit import Credited, unknown_logits
 from srlib.training.launch import on_one_device
 from srlib.training.rewards import Rollout, Targets, pay, weights
 from srlib.training.rollouts import Rollouts, Synchronised
@@ -79,7 +79,7 @@ def train(
         the trainer's log, a record a step: `reward`, `offload_share`, and each reward's mean.
 
     Raises:
-        SrlibError: there are fewer problems than a step has rollouts of.
+        SrlibError: there are fewer problems than a step has rollouts of, or going on cannot be credited with this model.
     """
     groups = config.batch_size // config.num_generations
     if len(problems) < groups:  # of which TRL would train no step, and say nothing
@@ -90,6 +90,13 @@ def train(
     model, tokenizer = load_model(tuned, trainable=True)
     paid = weights(config)
     rollouts = Rollouts(tokenizer, big, problems, config, offload, seed, folder / "samples.jsonl", tuned.context)
+    if rollouts.decides and (more := unknown_logits(model)):
+        if config.credit_waiting:
+            raise SrlibError(
+                f"{tuned.path} has {more} behind its output layer, and what such a model decides at the big one's tokens "
+                "cannot be told; set grpo.credit_waiting: false, and its tokens alone are reinforced."
+            )
+        rollouts.decides = None
     targets = Targets(speed, config.coverage_target)
     args = _arguments(tuned, config, offload, seed, folder)
     on_one_device(args, model.device)
