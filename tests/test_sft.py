@@ -12,8 +12,9 @@ from srlib.data import arith, spans
 from srlib.data.rows import Annotated, Problem, write_jsonl
 from srlib.data.spans import Span
 from srlib.decoding import policies, scheduler
+from srlib.engine.adapters import add_tags
 from srlib.engine.models import load_model
-from srlib.params import ModelSpec, Params, Sft
+from srlib.params import ModelSpec, Params, Sft, load
 from srlib.show import claims, figures
 from srlib.training import grpo, sft
 from tests.cells import run_cells
@@ -80,6 +81,38 @@ def test_tags_are_learnt_with_the_adapter(saved, tmp_path, tied):
     assert tuned.tokenizer.decode(trace.ids) == annotated(1)[0].tagged + "<|endoftext|>"
     assert spans.parse(trace.ids, trace.tags) == [(5, 6)]
     assert trace.finish == "eos" and not trace.malformed
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tags_begin_as_words(saved, tmp_path, tied):
+    """At both ends, as the mean of the pieces; those that a model has learnt already stay as they are."""
+    spec, words = saved(tied), ["2*3", "=;"]
+    config = Sft(epochs=1, batch_size=8, learning_rate=1e-12, tag_init=words)
+    sft.train(spec, annotated(8), config, 0, tmp_path / "first")
+    tuned = spec.model_copy(update={"adapter": str(tmp_path / "first" / "adapter")})
+    (tmp_path / "again").mkdir()
+    sft.train(tuned, annotated(8), config.model_copy(update={"tag_init": ["7", "7"]}), 0, tmp_path / "again")
+    model, tokenizer = load_model(spec)
+    for folder in ("first", "again"):
+        found = load_file(tmp_path / folder / "adapter" / "adapter_model.safetensors")
+        rows = {name: row for name, row in found.items() if "token" in name}
+        ends = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+        assert len(rows) == (1 if tied else 2)
+        for name, row in rows.items():
+            (end,) = (end.weight for part, end in ends.items() if part in name)
+            means = torch.stack([end[tokenizer.encode(text)].mean(0) for text in words])
+            torch.testing.assert_close(row, means, rtol=0, atol=1e-6)
+
+
+def test_words_that_no_tag_can_begin_as(saved, tmp_path):
+    with pytest.raises(ValueError, match="tag_init needs tags: token"):
+        Sft(tags="plain", tag_init=["a", "b"])
+    with pytest.raises(ValueError, match="at least 2"):
+        Sft(tag_init=["a"])
+    spec = saved(True)
+    for words, known in ((["frag ü", "="], "frag "), (["=", ""], "")):
+        with pytest.raises(SrlibError, match=f"of which the tokenizer of {spec.path} can only write '{known}'"):
+            sft.train(spec, annotated(8), Sft(tag_init=words), 0, tmp_path)
 
 
 def test_the_base_model_is_left_alone(saved, tmp_path):
@@ -163,6 +196,70 @@ def test_a_killed_training_is_taken_up(saved, tmp_path, monkeypatch):
         assert next(iter(seen), None) == again_at, "it goes on at the last checkpoint"
         assert left(name) == left("whole")
         assert sorted(f.name for f in (tmp_path / name).iterdir()) == ["adapter", "log.json"]
+
+
+def of_many_lengths(n):
+    """`annotated`, each with a prompt that is two tokens longer than the last one's."""
+    return [row.model_copy(update={"prompt": "3+" * i + "1?", "id": str(i)}) for i, row in enumerate(annotated(n))]
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """What the trainer is given, a batch a part of a step."""
+    seen, step = [], sft._Trainer.training_step
+
+    def stepping(self, model, inputs, *arguments):
+        seen.append({name: each.clone() for name, each in inputs.items() if isinstance(each, torch.Tensor)})
+        return step(self, model, inputs, *arguments)
+
+    monkeypatch.setattr(sft._Trainer, "training_step", stepping)
+    return seen
+
+
+def test_packed_traces_are_trained_on_once_and_do_not_see_each_other(saved, tokenizer, tmp_path, batches):
+    """Every completion token has its label, each trace its own positions, and the loss is that of traces by themselves."""
+    spec, rows = saved(True), of_many_lengths(20)
+    config = Sft(epochs=1, batch_size=32, max_length=120, learning_rate=1e-12, n_validation=4, group_by_length=True)
+    (plain, held) = sft.train(spec, rows, config, 0, tmp_path / "plain")
+    (padded,) = batches
+    batches.clear()
+    (log, held_out) = sft.train(spec, rows, config.model_copy(update={"packing": True}), 0, tmp_path / "packed")
+    (packed,) = batches
+    assert packed["input_ids"].numel() < 0.8 * padded["input_ids"].numel()
+    starts = [*(packed["position_ids"][0] == 0).nonzero().flatten().tolist(), None]
+    found = [
+        [packed[name][0, start:end].tolist() for name in ("input_ids", "labels")]
+        for start, end in zip(starts, starts[1:])
+    ]
+    add_tags(tokenizer := load_model(spec)[1])
+    taught, _ = sft.split([sft.example(tokenizer, row) for row in rows], 4, 0)
+    assert sorted(found) == sorted([each["input_ids"], each["labels"]] for each in taught)
+    assert log["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+    assert held_out["eval_loss"] == pytest.approx(held["eval_loss"], abs=1e-5)
+
+
+def test_the_schedule_counts_packed_rows(saved, tmp_path, batches):
+    config = Sft(epochs=4, batch_size=2, max_length=120, packing=True, warmup_ratio=0.5)
+    log = sft.train(saved(True), of_many_lengths(12), config, 0, tmp_path)
+    assert log[-1]["step"] == len(batches) < 4 * 12 / 2
+    highest = max(log, key=lambda record: record["learning_rate"])
+    assert highest["step"] == len(batches) // 2
+
+
+def test_traces_of_about_one_length_share_a_batch(saved, tmp_path, batches):
+    spec, padding = saved(True), []
+    for grouped in (False, True):
+        batches.clear()
+        config = Sft(epochs=1, batch_size=4, group_by_length=grouped)
+        sft.train(spec, of_many_lengths(64), config, 0, tmp_path / str(grouped))
+        padding.append(sum((batch["attention_mask"] == 0).sum().item() for batch in batches))
+    assert padding[1] < 0.5 * padding[0]
+
+
+@pytest.mark.parametrize("name", ["packing", "packing_strategy", "padding_free"])
+def test_traces_are_packed_in_one_way(name):
+    with pytest.raises(SrlibError, match=f"sft.trainer holds {name}, which srlib sets itself"):
+        sft.check(load("params/smoke.yaml", **{"sft.trainer": {name: "wrapped"}}))
 
 
 def test_traces_are_held_out(saved, tmp_path, monkeypatch):

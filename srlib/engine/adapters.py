@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,28 @@ def add_tags(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def pieces_of_tags(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that the tags are written with, each once: two where they are tokens."""
     return list(dict.fromkeys(i for tag in (OPEN, CLOSE) for i in tokenizer.encode(tag, add_special_tokens=False)))
+
+
+def begin_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:
+    """Set the embeddings of the tags, which are tokens, at both ends of a model to the mean of those of some words' pieces.
+
+    Args:
+        words: for the opening and for the closing tag.
+
+    Raises:
+        SrlibError: the tokenizer cannot write one of them.
+    """
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in words]
+    for text, ids in zip(words, rows):
+        known = tokenizer.decode(ids)
+        if not ids or tokenizer.unk_token_id in ids or "".join(known.split()) != "".join(text.split()):
+            raise SrlibError(
+                f"sft.tag_init holds {text!r}, of which the tokenizer of {tokenizer.name_or_path} can only write {known!r}; "
+                "give words that it knows."
+            )
+    for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:  # one, where they are tied
+        for tag, ids in zip(pieces_of_tags(tokenizer), rows, strict=True):
+            weight.data[tag] = weight.data[ids].float().mean(0)
 
 
 def write_adapter(trainer: Trainer, folder: Path) -> None:

@@ -30,6 +30,11 @@ class Sft(Section):
     tags: Literal["token", "plain"] = Field(
         "token", description="a tag is one added token, or plain text; the embeddings it is written with are trained"
     )
+    tag_init: Annotated[list[str], Field(min_length=2, max_length=2)] | None = Field(
+        None,
+        description="words for the opening and the closing tag, such as [ask the big model, take back]: the embedding of "
+        "an added token begins as the mean of those of its words' pieces; empty: as the model has it, or drawn at random",
+    )
     lora_rank: int = Field(16, ge=1, description="rank of the adapter's matrices")
     lora_alpha: int = Field(32, ge=1, description="the adapter is scaled by lora_alpha / lora_rank")
     epochs: float = Field(3, gt=0, description="times every trace is trained on")
@@ -44,6 +49,12 @@ class Sft(Section):
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="part of the steps in which the learning rate rises")
     max_length: int = Field(1024, ge=16, description="most tokens of a prompt and its trace; longer ones are left out")
+    group_by_length: bool = Field(False, description="traces about as long as each other share a batch, for less padding")
+    packing: bool = Field(
+        False,
+        description="traces share rows of max_length tokens, in which none sees another, and rows are what epochs and "
+        "batch_size then count; the rows of a pass stand one behind the other, and their mask takes the square of all of it",
+    )
     n_validation: int = Field(
         0, ge=0, description="annotated traces held out, whose loss is taken each time that of training is logged"
     )
@@ -58,6 +69,12 @@ class Sft(Section):
     )
     lora: dict[str, Anything] = Field({}, description="more arguments of PEFT's LoraConfig, such as {use_dora: true}")
     n_watch: int = Field(256, ge=1, description="unseen problems on which the tuned model is watched")
+
+    @model_validator(mode="after")
+    def _tags_are_added(self) -> Sft:
+        if self.tag_init is not None and self.tags == "plain":
+            raise ValueError("tag_init needs tags: token; plain tags are written with embeddings that are there already")
+        return self
 
     @model_validator(mode="after")
     def _parts_alike(self) -> Sft:

@@ -18,12 +18,13 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from srlib import SrlibError
 from srlib.data.prompts import continuation, encode_prompt
 from srlib.data.rows import Annotated, read_jsonl
-from srlib.engine.adapters import add_tags, embedding_rows, merge, pieces_of_tags, ready_for_trl
+from srlib.data.spans import OPEN
+from srlib.engine.adapters import add_tags, begin_as, embedding_rows, merge, pieces_of_tags, ready_for_trl
 from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
 from srlib.params import ModelSpec, Params, Sft
 from srlib.training.launch import on_one_device
@@ -75,8 +76,11 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
             own = {"path": str(merge(small, folder / "merged")), "adapter": None, "revision": None}
             small = small.model_copy(update=own)
     model, tokenizer = load_model(small)
+    known = OPEN in tokenizer.get_vocab()  # to a model that was taught already
     tokens = add_tags(tokenizer) if config.tags == "token" else pieces_of_tags(tokenizer)
     fit_embeddings(model, tokenizer)
+    if config.tag_init is not None and not known:
+        begin_as(model, tokenizer, config.tag_init)
     examples = [example(tokenizer, row, hint) for row in rows]
     fitting = [each for each in examples if len(each["input_ids"]) <= config.max_length]
     if not fitting:
@@ -85,12 +89,14 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     if (longer := len(examples) - len(fitting)) and process.is_main_process:
         print(f"{longer} of {len(examples)} traces are left out: they have more than {config.max_length} tokens")
     taught, held_out = split(fitting, config.n_validation, seed)
-    args = _arguments(small, config, len(taught), seed, folder)
+    data = Dataset.from_list(taught)
+    rows_to_train = len(pack_dataset(data, config.max_length)) if config.packing else len(data)
+    args = _arguments(small, config, rows_to_train, seed, folder)
     on_one_device(args, model.device)
     trainer = _Trainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_list(taught),
+        train_dataset=data,
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=tokenizer,
         peft_config=_lora(config, embedding_rows(model, tokens)),
@@ -120,9 +126,10 @@ def split(examples: list[Example], n: int, seed: int) -> tuple[list[Example], li
 
 
 def _arguments(small: ModelSpec, config: Sft, n: int, seed: int, folder: Path) -> SFTConfig:
-    """What TRL is told, for `n` traces to train on."""
+    """What TRL is told, for `n` traces to train on, or rows of packed ones."""
     steps = n * config.epochs / config.batch_size
     logging_steps = max(1, int(steps / 50))
+    order = {"train_sampling_strategy": "group_by_length"} if config.group_by_length else {}
     in_part = config.batch_size // config.processes // config.gradient_accumulation_steps
     return configured(
         SFTConfig,
@@ -137,6 +144,11 @@ def _arguments(small: ModelSpec, config: Sft, n: int, seed: int, folder: Path) -
         lr_scheduler_type="cosine",
         warmup_steps=1 + int(config.warmup_ratio * steps),  # see `NoStepAtZero`
         max_length=config.max_length,
+        packing=config.packing,
+        packing_strategy="bfd",  # the others cut traces in two
+        eval_packing=False,
+        padding_free=False,  # bfd sees to that itself
+        **order,
         bf16=dtype_of(small) == torch.bfloat16,
         use_cpu=device_of(small) == "cpu",
         gradient_checkpointing=config.gradient_checkpointing,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from srlib import Offloader, SrlibError, engine
 from srlib.data import problems
@@ -41,6 +43,9 @@ class Trained:
     log: list[dict] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)  # the steps of the checkpoints
+    # Of the embeddings, and of the output layer where it is not tied: (V, h), and the tags' rows before the first step.
+    ends: list[torch.Tensor] = field(default_factory=list)
+    rows: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def lora(self) -> torch.nn.Module:
@@ -64,6 +69,10 @@ def _trained(p: Params, folder: Path, patch: pytest.MonkeyPatch) -> Trained:
     class Trainer(sft._Trainer):
         def training_step(self, model, inputs, *arguments):
             seen.trainer, count = self, []
+            if not seen.parts:
+                layers = [each for each in self.model.modules() if isinstance(each, TrainableTokensLayer)]
+                seen.ends = [layer.weight.detach().clone() for layer in layers]
+                seen.rows = [layer.trainable_tokens_delta["default"].detach().clone() for layer in layers]
             seen.parts.append(Part(self.optimizer.param_groups[0]["lr"], inputs["labels"]))
             layer = self.model.get_base_model().get_decoder().layers[0]
             handle = layer.register_forward_pre_hook(lambda *a: count.append(1))
@@ -99,6 +108,17 @@ def tags_as_plain_text(case: Case) -> None:
     pieces = tokenizer.encode(OPEN, add_special_tokens=False)
     assert len(pieces) > 1
     assert any(labels[at : at + len(pieces)] == pieces for at in range(len(labels)))
+
+
+@shows("sft.tag_init")
+def rows_of_the_tags_at_first(case: Case) -> None:
+    """Before the first step, at both ends: the mean of the rows of the words' pieces."""
+    words = ["=*;", "?"]
+    seen = trained(case, tag_init=words)
+    encode = seen.trainer.processing_class.encode
+    for layer, rows in zip(seen.ends, seen.rows, strict=True):
+        means = torch.stack([layer[encode(text)].mean(0) for text in words])
+        torch.testing.assert_close(rows, means, rtol=0, atol=1e-6)
 
 
 @shows("sft.lora_rank")
@@ -161,6 +181,18 @@ def steps_of_warming_up(case: Case) -> None:
 def longest_trace(case: Case) -> None:
     with pytest.raises(SrlibError, match="sft.max_length is 16, but the shortest trace has"):
         trained(case, max_length=16)
+
+
+@shows("sft.group_by_length")
+def batches_of_one_length(case: Case) -> None:
+    sampler = trained(case, group_by_length=True).trainer._get_train_sampler()
+    assert isinstance(sampler, LengthGroupedSampler)  # what it saves: tests/test_sft.py
+
+
+@shows("sft.packing")
+def traces_share_rows(case: Case) -> None:
+    seen = trained(case, packing=True)
+    assert [len(part.labels) for part in seen.parts] == [1], "all rows of a step, one behind the other"
 
 
 @shows("sft.n_validation")
