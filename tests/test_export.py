@@ -15,14 +15,14 @@ import pytest
 from huggingface_hub import DatasetCard, HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 
-from srlib import engine
+from srlib import SrlibError, engine
 from srlib.__main__ import main
 from srlib.data.rows import Problem, read_json, write_json, write_jsonl
 from srlib.decoding import policies
 from srlib.decoding.scheduler import Offloader
 from srlib.engine import adapters
-from srlib.engine.models import load_tokenizer
-from srlib.params import Params
+from srlib.engine.models import load_model, load_tokenizer
+from srlib.params import ModelSpec, Params
 from srlib.run import export, locks
 from srlib.run.manifest import Manifest
 from srlib.training import sft
@@ -292,6 +292,35 @@ def test_figures_of_something_else_are_left_out(home, run, capsys):
     assert "05_evaluate is not complete" in without("--policy", "learned")
     text = card(run / "export" / "dataset")
     assert "None: report.json is not as 01\\_annotate left it." in text and "n =" not in text
+
+
+def test_a_model_that_was_trained_as_a_whole(home, tmp_path):
+    """It is exported as it is, and the reinforced one with its adapter merged in."""
+    small = {"method": "full", "epochs": 30, "batch_size": 8, "learning_rate": 1e-2, "lora_rank": 4}
+    p, rows = settings(home, outputs=str(tmp_path / "outputs"), sft=small), annotated(16)
+    more = p.sft.model_copy(update={"method": "lora", "epochs": 1})
+
+    def annotate(folder):
+        write_jsonl(folder / "annotated.jsonl", rows)
+        write_json(folder / "report.json", REPORT)
+
+    done(p, "01_annotate", annotate)
+    done(p, "02_sft", lambda folder: sft.train(p.small, rows, p.sft, 0, folder))
+    done(p, "03_grpo", lambda folder: sft.train(p.tuned, rows, more, 1, folder))
+    done(p, "05_evaluate", lambda folder: write_json(folder / "results.json", RESULTS))
+    for policy, spec in (("learned", p.tuned), ("grpo", p.reinforced)):
+        export.run(p.run_dir, policy, tmp_path / policy)
+        made = ModelSpec(path=str(tmp_path / policy / "model"))
+        found, wanted = (dict(load_model(each)[0].named_parameters()) for each in (made, spec))
+        assert found.keys() == wanted.keys() and all((found[name] == wanted[name]).all() for name in wanted)
+        text = card(tmp_path / policy / "model")
+        assert "fine-tuned in all its weights on annotated traces (epochs: 30)" in text and "137" in text
+        assert ("adapter is merged" in text) == ("GRPO (steps: 77)" in text) == (policy == "grpo")
+        assert "LoRA" not in text
+    weights = p.where("02_sft") / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(SrlibError, match="model.safetensors is not as 02_sft left it; make it again"):
+        export.run(p.run_dir, "learned", tmp_path / "none")
 
 
 def test_stages_of_another_run(home, tmp_path, capsys):

@@ -46,6 +46,8 @@ def test_one_trace_takes_what_the_simulation_says(share):
         ("01_annotate", {"annotate.tries": 1}, None),
         ("02_sft", {"sft.epochs": 6}, None),
         ("02_sft", {"sft.gradient_checkpointing": False}, None),
+        ("02_sft", {"sft.method": "full"}, None),
+        ("03_grpo", {"sft.method": "full"}, 1),
         ("03_grpo", {"grpo.max_steps": 100}, 2),
         ("03_grpo", {"grpo.rollout": "self"}, None),
         ("04_offload", {"offload.n_demo": 16}, None),

@@ -224,6 +224,41 @@ def test_the_change_that_is_named_fits(file, stage, change, named):
         memory.check(params.load(f"params/{file}.yaml", **change), stage)
 
 
+def test_all_weights_take_their_gradients_and_moments(tmp_path):
+    """As they are held after a step; in 16 bits a pass has a copy, and several processes hold gradients twice."""
+    model = random_model(100, 0)
+    model.save_pretrained(tmp_path / "small")
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    states = [each for state in optimizer.state.values() for each in (state["exp_avg"], state["exp_avg_sq"])]
+    held = [*model.parameters(), *(each.grad for each in model.parameters()), *states]
+    plan, whole = of(tmp_path / "small", device="cpu"), sum(each.nbytes for each in held)
+    assert plan.weights() + plan.whole(1) == whole
+    assert plan.weights() + plan.whole(2) == whole + sum(each.nbytes for each in model.parameters())
+    short = of(tmp_path / "small", dtype="bfloat16")
+    assert short.weights() + short.whole(1) == whole + 2 * plan.shape.linear
+
+
+def test_training_of_all_weights_is_planned():
+    """In stage 02 alone: 03 trains an adapter."""
+
+    def training(stage, **changes):
+        p = params.load("params/gpu24.yaml", **{f"sft.{key}": value for key, value in changes.items()})
+        return {kind: gib for each in memory.totals(p, stage).values() for kind, gib in each.items()}
+
+    lora, full = training("02_sft"), training("02_sft", method="full")
+    assert lora["training"] < 1 and full["weights"] == lora["weights"]
+    assert full["weights"] + full["training"] == pytest.approx((16 * 1.777 + 2 * 1.310) * 1e9 / 2**30, rel=0.001)
+    assert full["activations"] < lora["activations"]  # no copy of the embeddings
+    assert training("03_grpo", method="full") == training("03_grpo")
+    packed = training("02_sft", packing=True)["activations"] - lora["activations"]
+    assert packed == pytest.approx(3 * 3584**2 / 2**30)
+    with pytest.raises(SrlibError, match="02_sft does not fit: .* fits with sft.method: lora"):
+        memory.check(params.load("params/gpu24.yaml", **{"sft.method": "full"}), "02_sft")
+
+
 def test_bench_and_check_are_planned_as_they_are_run(tmp_path):
     test = write_jsonl(tmp_path / "test.jsonl", [{"id": "0", "prompt": "1+1?", "answer": "2"}])
     changes = {"bench.batch_sizes": [1, 8], "bench.max_tokens": 64, "data.test": str(test)}

@@ -150,11 +150,13 @@ def test_same_seed_same_adapter(saved, tmp_path):
     assert not (tmp_path / "a" / "trainer").exists()
 
 
-def test_a_killed_training_is_taken_up(saved, tmp_path, monkeypatch):
-    """Killed before its first checkpoint, within an epoch, and before its adapter was written: it ends the same, to the bit."""
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_killed_training_is_taken_up(saved, tmp_path, monkeypatch, method):
+    """Killed before its first checkpoint, within an epoch, and before its result was written: it ends the same, to the bit."""
     spec, rows = saved(True), numbered(16)
     # 104 steps, the last within an epoch, of which every second is logged; what is dropped is drawn anew at each step
-    config = Sft(epochs=34.5, batch_size=4, n_validation=4, save_steps=15, lora={"lora_dropout": 0.2})
+    config = Sft(method=method, epochs=34.5, batch_size=4, n_validation=4, save_steps=15, lora={"lora_dropout": 0.2})
+    made = "adapter" if method == "lora" else "model"
     seen, step = [], sft._Trainer.training_step
 
     class Killed(BaseException):
@@ -178,7 +180,7 @@ def test_a_killed_training_is_taken_up(saved, tmp_path, monkeypatch):
         raise Killed
 
     def left(folder):
-        return {f.name: f.read_bytes() for f in (tmp_path / folder / "adapter").iterdir()}
+        return {f.name: f.read_bytes() for f in (tmp_path / folder / made).iterdir()}
 
     def counted(log):
         return [{**record, "num_tokens": 0} for record in log]  # which TRL counts from where it is taken up
@@ -189,13 +191,13 @@ def test_a_killed_training_is_taken_up(saved, tmp_path, monkeypatch):
         name = str(killed_at)
         with pytest.raises(Killed):
             train(name, killed_at)
-        assert not (tmp_path / name / "adapter").exists()
+        assert not (tmp_path / name / made).exists()
         broken = tmp_path / name / "trainer" / "checkpoint-1000"  # which it was writing
         broken.mkdir(parents=True)
         assert counted(train(name, None)) == counted(log)
         assert next(iter(seen), None) == again_at, "it goes on at the last checkpoint"
         assert left(name) == left("whole")
-        assert sorted(f.name for f in (tmp_path / name).iterdir()) == ["adapter", "log.json"]
+        assert sorted(f.name for f in (tmp_path / name).iterdir()) == sorted([made, "log.json"])
 
 
 def of_many_lengths(n):
@@ -319,6 +321,98 @@ def test_an_adapter_that_is_given_stays(saved, tmp_path):
     (step,) = grpo.run(p, p.stage_dir("03_grpo"), pair_speed(p.latency))
     assert step["kl"] == pytest.approx(0, abs=1e-6)
     assert loss(p.reinforced) == pytest.approx(loss(p.tuned), abs=0.2)
+
+
+@pytest.fixture
+def full(saved, tmp_path):
+    """Params of a run whose stage 02 trains all weights, with a pair and problems."""
+    small = saved(True).path
+    write_jsonl(
+        tmp_path / "problems.jsonl", [Problem(id=str(i), prompt=f"{i}+1?", answer=str(i + 1)) for i in range(2)]
+    )
+    return Params(
+        run="run",
+        outputs=str(tmp_path),
+        pair={"small": {"path": small}, "big": {"path": small}},
+        data={"traces": str(tmp_path / "problems.jsonl")},
+        sft={"method": "full", "epochs": 30, "batch_size": 8, "learning_rate": 1e-2, "lora_rank": 3, "lora_alpha": 5},
+        offload={"max_tokens": 24},
+        grpo={"batch_size": 4, "num_generations": 4, "n_problems": 2, "max_steps": 2, "beta": 0.1, "save_steps": 1},
+    )
+
+
+def test_all_weights_are_trained_and_reinforced_with_an_adapter(full, tmp_path, monkeypatch):
+    """What comes of 02 is a model like any other; 03 begins as it, and its adapter is what the section says."""
+    log = sft.train(full.small, annotated(16), full.sft, 0, full.stage_dir("02_sft"))
+    assert log[-1]["loss"] < 0.2 * log[0]["loss"]
+    assert full.tuned.adapter is None and sorted(f.name for f in full.where("02_sft").iterdir()) == [
+        "log.json",
+        "model",
+    ]
+    before, after = (dict(load_model(each)[0].named_parameters()) for each in (full.small, full.tuned))
+    for name, weights in before.items():
+        assert (after[name][: len(weights)] != weights).float().mean() > 0.9, name
+    tuned = engine.load(full.tuned)
+    (trace,) = scheduler.Offloader(tuned, None, policies.Never(), max_tokens=40).run(["2*3+1?"])
+    assert tuned.tokenizer.decode(trace.ids) == annotated(1)[0].tagged + "<|endoftext|>"
+    assert spans.parse(trace.ids, trace.tags) == [(5, 6)]
+
+    kept = {f.name: f.read_bytes() for f in (full.where("02_sft") / "model").iterdir()}
+    first, _ = grpo.run(full, full.stage_dir("03_grpo"), pair_speed(full.latency))
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert kept == {f.name: f.read_bytes() for f in (full.where("02_sft") / "model").iterdir()}
+    adapter = json.loads((full.where("03_grpo") / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (3, 5) and len(
+        adapter["trainable_token_indices"]["embed_tokens"]
+    ) == 2
+    assert engine.load(full.reinforced).tokenizer.encode("<bigmodel>") == tuned.tokenizer.encode("<bigmodel>")
+
+    saving = grpo._Trainer._save_checkpoint
+
+    def killed(self, *arguments, **named):
+        saving(self, *arguments, **named)
+        raise KeyboardInterrupt
+
+    again = tmp_path / "again"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(grpo._Trainer, "_save_checkpoint", killed)
+        grpo.run(full, again, pair_speed(full.latency))
+    grpo.run(full, again, pair_speed(full.latency))
+    whole, taken_up = (
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (full.where("03_grpo"), again)
+    )
+    assert whole == taken_up
+
+
+def test_all_weights_with_an_adapter_that_is_given(full, tmp_path):
+    """It is merged in, in memory alone."""
+    given = full.sft.model_copy(update={"method": "lora", "epochs": 20, "tags": "plain"})
+    sft.train(full.small, annotated(16), given, 0, tmp_path / "given")
+    small = full.small.model_copy(update={"adapter": str(tmp_path / "given" / "adapter")})
+    still = full.sft.model_copy(update={"epochs": 1, "learning_rate": 1e-12})
+    (log, *_) = sft.train(small, annotated(16), still, 0, full.stage_dir("02_sft"))
+    merged, _ = load_model(small)
+    model, _ = load_model(full.tuned)
+    torch.testing.assert_close(model.lm_head.weight[: len(merged.lm_head.weight)], merged.lm_head.weight)
+    assert not (full.where("02_sft") / "merged").exists()
+
+
+def test_all_weights_are_trained_in_full_precision(full, tmp_path):
+    """Steps that bfloat16 would round to nothing add up; what is written is as it will be loaded."""
+    spec = full.small.model_copy(update={"dtype": "bfloat16", "device": "cpu"})
+    config = full.sft.model_copy(update={"epochs": 50, "learning_rate": 2e-5})
+    log = sft.train(spec, annotated(16), config, 0, tmp_path / "02")
+    assert log[-1]["loss"] < log[0]["loss"] - 0.05
+    assert {each.dtype for each in load_file(tmp_path / "02" / "model" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
+
+
+def test_quantised_weights_cannot_be_trained():
+    small = {"path": "a", "quantization": "nf4"}
+    with pytest.raises(ValueError, match="sft.method full trains all weights, and pair.small.quantization is nf4"):
+        Params(run="x", pair={"small": small}, sft={"method": "full"})
+    Params(run="x", pair={"small": small, "tuned": {"path": "b"}}, sft={"method": "full"})  # where nothing is trained
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from srlib.params import Params, slots_for
 SHARE = 0.1  # of its tokens that a trained policy hands over
 # Seconds to launch the kernels of one layer: from Python some thirty, at ten to twenty microseconds; as CUDA graphs few.
 LAUNCH = {"transformers": 5e-4, "vllm": 2e-5}
-BACKWARD = 1.0  # of a forward pass: of frozen weights no gradients are worked out, but what stands before them has some
+# Of a forward pass: of frozen weights no gradients are worked out, but what stands before them has some.
+BACKWARD = {"lora": 1.0, "full": 2.0}
 STEP = 64  # tokens of a step of a trace
 TRIES = 4  # of a threshold in stage 05 (see `srlib.evaluation.tuning`)
 
@@ -125,7 +126,7 @@ def _trained(p: Params, stage: str, traces: float, length: int) -> float:
     c = p.sft if stage == "02_sft" else p.grpo
     of = cost(p, memory.models(p, stage)["small"])
     at_once = max(1, c.batch_size // c.processes // c.gradient_accumulation_steps)
-    passes = 1 + BACKWARD + c.gradient_checkpointing
+    passes = 1 + BACKWARD[p.sft.method if stage == "02_sft" else "lora"] + c.gradient_checkpointing
     return passes * traces / c.processes / at_once * of.seconds(at_once, at_once * length)
 
 

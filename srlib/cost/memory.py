@@ -125,20 +125,31 @@ class _Model:
         width = max(1, SCORE_TOKENS // batch)  # read in several passes, with a cache
         return self.cache(batch * length) + self.reading(batch, width, length, SCORE_POSITIONS)
 
-    def training(self, batch: int, length: int, checkpointing: bool) -> float:
-        """Bytes of activations of a batch under LoRA.
+    def whole(self, workers: int) -> float:
+        """Bytes that training of all weights adds to them: they are in fp32 then, and each pass in 16 bits has a copy.
+
+        Of several processes each holds the gradients once more, in what it sends them with.
+        """
+        s = self.shape
+        copy = s.linear * self.bytes if self.bytes == 2 else 0
+        return (TRAINABLE + (4 if workers > 1 else 0)) * s.parameters + copy - self.weights()
+
+    def training(self, batch: int, length: int, checkpointing: bool, full: bool = False, packed: bool = False) -> float:
+        """Bytes of activations of a batch, under LoRA or with all weights trained.
 
         A layer keeps 36 h + 5 e f + 2 e k bytes a token (h hidden, k keys, f inner size, e bytes of a number), as
         measured on Qwen2 with PEFT; for GPT with f = 4 h it is 34 h (Korthikanti et al., arXiv 2205.05198). There is
         no term in length², as attention is fused. With checkpointing each layer keeps its input, e h, and one layer
-        at a time is computed again, with its gradients.
+        at a time is computed again, with its gradients. Packed rows stand one behind the other, and their mask says
+        of each pair of tokens whether they are of one trace, as a truth and as a number to be added.
         """
         s, e, n = self.shape, self.bytes, batch * length
         layer = 36 * s.hidden + 5 * e * s.inner + 2 * e * s.kv
         layers = s.layers * e * s.hidden + 2 * layer if checkpointing else s.layers * layer
         tile = 4 * min(n, TILE[0]) * min(s.vocabulary, TILE[1]) + 4 * n * s.hidden
-        ends = s.vocabulary * s.hidden * (4 + 3 * e)  # embeddings with the tags' rows laid in, and their gradients
-        return n * layers + tile + ends
+        # Embeddings with the tags' rows laid in, and their gradients.
+        ends = 0 if full else s.vocabulary * s.hidden * (4 + 3 * e)
+        return n * layers + tile + ends + (n * n * (1 + e) if packed else 0)
 
 
 def as_written(p: Params, stage: str) -> Params:
@@ -216,8 +227,9 @@ def _needs(p: Params, stage: str) -> Iterator[Need]:
             length = length if stage == "02_sft" else model.tokens
             if p.grpo.use_vllm and stage == "03_grpo":  # another copy writes
                 parts["caches"], active = 0.0, 0.0
-            parts["training"] = TRAINABLE * model.shape.lora(p.sft.lora_rank)
-            active = max(active, model.training(batch, length, c.gradient_checkpointing))
+            full, packed = (stage == "02_sft" and each for each in (p.sft.method == "full", p.sft.packing))
+            parts["training"] = model.whole(workers) if full else TRAINABLE * model.shape.lora(p.sft.lora_rank)
+            active = max(active, model.training(batch, length, c.gradient_checkpointing, full, packed))
         for devices, process in places:
             for device in devices:
                 yield from (Need(stage, kind, side, device, size / GIB / len(devices)) for kind, size in parts.items())
@@ -331,6 +343,9 @@ def _knobs(p: Params, stage: str) -> Iterator[tuple[str, list[Any]]]:
         c = p.sft if stage == "02_sft" else p.grpo
         own = c.batch_size // c.processes
         yield f"{stage[3:]}.gradient_accumulation_steps", sorted(own // micro for micro in down(own, 1))
+    if stage == "02_sft":
+        yield "sft.packing", [False] if p.sft.packing else []
+        yield "sft.method", ["lora"] if p.sft.method == "full" else []
     if stage == "01_annotate":
         yield "annotate.batch_size", down(p.annotate.batch_size, 1)
     if "big" in held and gpus > 1:

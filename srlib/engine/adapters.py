@@ -49,7 +49,10 @@ def begin_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: 
                 f"sft.tag_init holds {text!r}, of which the tokenizer of {tokenizer.name_or_path} can only write {known!r}; "
                 "give words that it knows."
             )
-    for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:  # one, where they are tied
+    for weight in {
+        model.get_input_embeddings().weight,
+        model.get_output_embeddings().weight,
+    }:  # one, where they are tied
         for tag, ids in zip(pieces_of_tags(tokenizer), rows, strict=True):
             weight.data[tag] = weight.data[ids].float().mean(0)
 
@@ -64,8 +67,15 @@ def write_adapter(trainer: Trainer, folder: Path) -> None:
         trainer.processing_class.save_pretrained(folder)
 
 
+def write_model(trainer: Trainer, folder: Path) -> None:
+    """A model all of whose weights were trained, with its tokenizer."""
+    with saving(folder):
+        trainer.model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+
+
 def ready_for_trl(model: PreTrainedModel) -> None:
-    """Three mends: for TRL's fused loss, for 4-bit weights on a CPU, and for adapters on quantised weights."""
+    """Three mends: for TRL's fused loss, for 4-bit weights on a CPU, and for what is trained, which has to be in fp32."""
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):  # PEFT's wrapper around trained rows has none, and TRL asks for it
         head.bias = None
@@ -73,7 +83,9 @@ def ready_for_trl(model: PreTrainedModel) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' packing for inference has no backward
             module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
-        if parameter.requires_grad:  # which TRL has cast to bfloat16: a small step would round to none
+        if (
+            parameter.requires_grad
+        ):  # in bfloat16, as TRL casts adapters on quantised weights, small steps round to none
             parameter.data = parameter.data.float()
 
 

@@ -86,6 +86,16 @@ class Params(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _weights_can_be_trained(self) -> Params:
+        held = self.pair.small.quantization
+        if self.sft.method == "full" and self.pair.tuned is None and held != "none":
+            raise ValueError(
+                f"sft.method full trains all weights, and pair.small.quantization is {held}; set it to none, or "
+                "sft.method to lora"
+            )
+        return self
+
     @property
     def left_out(self) -> tuple[str, ...]:
         """Stages that make the tuned small model, where one is given."""
@@ -134,18 +144,19 @@ class Params(Section):
 
     @property
     def learner(self) -> ModelSpec:
-        """The small model that 02 and 03 lay their adapters on: one given in `pair.small` is merged in, by stage 02."""
-        if self.pair.small.adapter is None:
+        """The small model that adapters are laid on: stage 02 merges one given in `pair.small` in, or trains all of it."""
+        if self.pair.small.adapter is None and self.sft.method == "lora":
             return self.small
-        return self.small.model_copy(
-            update={"path": str(self.where("02_sft") / "merged"), "adapter": None, "revision": None}
-        )
+        made = self.where("02_sft") / ("model" if self.sft.method == "full" else "merged")
+        return self.small.model_copy(update={"path": str(made), "adapter": None, "revision": None})
 
     @property
     def tuned(self) -> ModelSpec:
-        """The small model with the adapter of stage 02 on top, or the one that is given."""
+        """The small model as stage 02 leaves it, with its adapter on top if it trains one, or the one that is given."""
         if self.pair.tuned is not None:
             return self._resolve(self.pair.tuned, "small")
+        if self.sft.method == "full":
+            return self.learner
         return self.learner.model_copy(update={"adapter": str(self.where("02_sft") / "adapter")})
 
     @property

@@ -22,7 +22,7 @@ Tracker = Annotated[
 
 
 class Sft(Section):
-    """Fine-tuning on annotated traces, by a LoRA adapter."""
+    """Fine-tuning on annotated traces, by a LoRA adapter or of all weights."""
 
     annotated: str | None = Field(
         None, min_length=1, description="a JSONL file of annotated traces of your own, in place of what 01 writes"
@@ -34,6 +34,11 @@ class Sft(Section):
         None,
         description="words for the opening and the closing tag, such as [ask the big model, take back]: the embedding of "
         "an added token begins as the mean of those of its words' pieces; empty: as the model has it, or drawn at random",
+    )
+    method: Literal["lora", "full"] = Field(
+        "lora",
+        description="what is trained: an adapter, or all weights, in fp32, as in the paper; these want a lower "
+        "learning_rate (the paper's is 5e-5), and 03 lays an adapter as described below on what has come of them",
     )
     lora_rank: int = Field(16, ge=1, description="rank of the adapter's matrices")
     lora_alpha: int = Field(32, ge=1, description="the adapter is scaled by lora_alpha / lora_rank")
@@ -49,7 +54,9 @@ class Sft(Section):
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="part of the steps in which the learning rate rises")
     max_length: int = Field(1024, ge=16, description="most tokens of a prompt and its trace; longer ones are left out")
-    group_by_length: bool = Field(False, description="traces about as long as each other share a batch, for less padding")
+    group_by_length: bool = Field(
+        False, description="traces about as long as each other share a batch, for less padding"
+    )
     packing: bool = Field(
         False,
         description="traces share rows of max_length tokens, in which none sees another, and rows are what epochs and "
@@ -73,7 +80,9 @@ class Sft(Section):
     @model_validator(mode="after")
     def _tags_are_added(self) -> Sft:
         if self.tag_init is not None and self.tags == "plain":
-            raise ValueError("tag_init needs tags: token; plain tags are written with embeddings that are there already")
+            raise ValueError(
+                "tag_init needs tags: token; plain tags are written with embeddings that are there already"
+            )
         return self
 
     @model_validator(mode="after")

@@ -55,7 +55,8 @@ def run(p: Params) -> dict[str, Any]:
         `machine`, and the `settings` that were `p.bench`.
     """
     most = max(p.bench.batch_sizes, default=1)
-    tuned = p.tuned if p.tuned.adapter is None or Path(p.tuned.adapter).exists() else p.small
+    there = p.pair.tuned is not None or Path(p.tuned.adapter or p.tuned.place).exists()
+    tuned = p.tuned if there else p.small
     slots = slots_for(most, p.offload.oversubscribe)
     small, big = engine.load(tuned, slots), engine.load(p.big, slots)
     mixed = (Learned(), Random(p.bench.random_share, p.bench.random_chunk), Speculative(p.bench.draft_tokens))
@@ -99,7 +100,7 @@ def run(p: Params) -> dict[str, Any]:
         "speed": speed.run(p, p.bench.cost_ratios, p.bench.speed_traces, p.bench.repeats, reinforced)
         if p.bench.cost_ratios
         else [],
-        "tuned": tuned.adapter is not None or p.pair.tuned is not None,
+        "tuned": there,
         "machine": machine(),
         "settings": p.bench.model_dump(),
     }

@@ -166,8 +166,7 @@ def _chosen(p: Params, policy: str | None) -> str:
     if manifest.stages[maker]["parameters"]["pair.small"] != p.pair.small.model_dump():
         raise SrlibError(f"{maker} ran with another pair.small than the stages behind it: run those again, too")
     spec = _spec(p, policy)
-    assert spec.adapter is not None
-    if changed := manifest.changed(maker, spec.adapter):
+    if changed := manifest.changed(maker, _trained(spec)):
         raise SrlibError(f"{here(manifest.folder / maker / changed[0])} is not as {maker} left it; {again}")
     read = manifest.stages[maker]["inputs"].values()
     bases = [p.small.path, p.small.adapter, spec.path if maker == "03_grpo" else None]
@@ -182,6 +181,11 @@ def _spec(p: Params, policy: str) -> ModelSpec:
     return (p.reinforced if policy == "grpo" else p.tuned).model_copy(update={"device": "auto"})
 
 
+def _trained(spec: ModelSpec) -> Path:
+    """What a stage has trained: an adapter, or the whole model."""
+    return Path(spec.adapter or spec.place)
+
+
 def _results(p: Params, policy: str) -> tuple[list[Result], str]:
     """Rows of results.json, the policy's own the last; none, and why, if it was not measured as it is now."""
     manifest, file = Manifest(p, p.where(EVALUATION).parent), p.where(EVALUATION) / "results.json"
@@ -189,8 +193,7 @@ def _results(p: Params, policy: str) -> tuple[list[Result], str]:
         return [], f"{EVALUATION} is not complete"
     if manifest.changed(EVALUATION, file):
         return [], f"{here(file)} is not as {EVALUATION} left it"
-    adapter = Path(str(_spec(p, policy).adapter))
-    if digests.of_path(adapter) not in manifest.stages[EVALUATION]["inputs"].values():
+    if digests.of_path(_trained(_spec(p, policy))) not in manifest.stages[EVALUATION]["inputs"].values():
         return [], f"{EVALUATION} has not measured it, but another one"
     rows = read_json(file, list[Result], f"make it again: python -m srlib run … --only {EVALUATION}")
     own = [row for row in rows if row["policy"] == policy]
@@ -215,9 +218,14 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 def _write_model(p: Params, policy: str, rows: Sequence[Result], without: str, folder: Path, name: str | None) -> None:
-    # Weights that were quantised to save memory are whole on the disk, and an adapter can be merged into these alone.
-    merge(_spec(p, policy).model_copy(update={"quantization": "none"}), folder)
-    (folder / "source.json").unlink()  # where it was merged from here
+    spec = _spec(p, policy)
+    if spec.adapter is None:
+        with saving(folder):
+            shutil.copytree(spec.place, folder)
+    else:
+        # Weights that were quantised to save memory are whole on the disk, and an adapter can be merged into these alone.
+        merge(spec.model_copy(update={"quantization": "none"}), folder)
+        (folder / "source.json").unlink()  # where it was merged from here
     with whole_file(folder / "README.md") as file:
         file.write(_model_card(p, policy, rows, without, name))
 
@@ -246,7 +254,8 @@ def _model_card(p: Params, policy: str, rows: Sequence[Result], without: str, na
     )
     tokenizer = load_tokenizer(spec)
     a_token = len(pieces_of_tags(tokenizer)) == 2
-    taught = f"fine-tuned by LoRA (rank {p.sft.lora_rank}) on annotated traces (epochs: {p.sft.epochs:g})"
+    by = "in all its weights" if p.sft.method == "full" else f"by LoRA (rank {p.sft.lora_rank})"
+    taught = f"fine-tuned {by} on annotated traces (epochs: {p.sft.epochs:g})"
     if policy == "grpo":
         taught += f", then reinforced by GRPO (steps: {p.grpo.max_steps})"
     parts = [
@@ -255,7 +264,8 @@ def _model_card(p: Params, policy: str, rows: Sequence[Result], without: str, na
         f"{_small(p, 'A model')}, {taught}. It reasons, and writes `{OPEN}` where it expects to fail and a bigger "
         f"model should go on, until `{CLOSE}`. "
         + ("Each of the two tags is one token of its tokenizer. " if a_token else "The tags are plain text. ")
-        + f"The bigger model of this run: {_named(p.pair.big.path, 'one')}. The adapter is merged into the weights.",
+        + f"The bigger model of this run: {_named(p.pair.big.path, 'one')}."
+        + (" The adapter is merged into the weights." if spec.adapter else ""),
         # Without it vLLM rounds weights of 32 bits to 16, and other tokens are the likeliest.
         f"```sh\nvllm serve {where} --dtype {str(dtype_of(spec)).removeprefix('torch.')}\n```",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

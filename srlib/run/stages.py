@@ -43,11 +43,15 @@ class Stage:
 
 
 PAIR = ("pair.small", "pair.big")
-TUNED = ("pair.small", "pair.tuned")
+TUNED = ("pair.small", "pair.tuned", "sft.method")
 # The set arith, where the params name it, is that of the section.
 TRACES: dict[str, Callable[[Params], object]] = {"arith": lambda p: p.data.traces and p.data.traces.path == "arith"}
 TEST: dict[str, Callable[[Params], object]] = {"arith": lambda p: p.data.test and p.data.test.path == "arith"}
 APART: dict[str, Callable[[Params], object]] = {"data.test": lambda p: p.kept_apart}
+# The adapter that stage 03 lays on a model all of whose weights were trained.
+FRESH: dict[str, Callable[[Params], object]] = dict.fromkeys(
+    ("sft.lora_rank", "sft.lora_alpha", "sft.lora"), lambda p: p.sft.method == "full"
+)
 STAGES = {
     stage.name: stage
     for stage in (
@@ -58,12 +62,14 @@ STAGES = {
             ("pair", "traces", "test"),
             {"offload": lambda p: p.annotate.tries or "worth" in p.annotate.methods, **TRACES, **APART},
         ),
-        Stage("02_sft", ("sft", "offload", *TUNED, "data.test"), ("pair", "annotated", "test"), TEST),
+        Stage(
+            "02_sft", ("sft", "offload", "pair.small", "pair.tuned", "data.test"), ("pair", "annotated", "test"), TEST
+        ),
         Stage(
             "03_grpo",
             ("grpo", "latency", "offload", *TUNED, "pair.big", "data.traces", "data.decontaminate"),
             ("pair", "adapter", "traces", "test"),
-            {**TRACES, **APART},
+            {**TRACES, **APART, **FRESH},
         ),
         Stage("04_offload", ("offload", *TUNED, "pair.big", "data.test"), ("pair", "adapter", "test"), TEST),
         Stage(

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from srlib import SrlibError, engine
 from srlib.cost.latency import PairSpeed
 from srlib.data.problems import traces as load_traces
 from srlib.data.rows import Problem
-from srlib.engine.adapters import ready_for_trl
+from srlib.engine.adapters import embedding_rows, pieces_of_tags, ready_for_trl
 from srlib.engine.models import device_of, dtype_of, load_model
 from srlib.engine.protocol import Engine
 from srlib.params import Grpo, ModelSpec, Offload, Params
@@ -39,6 +40,7 @@ from srlib.training.trainer import (
     check_tracker,
     configured,
     fit,
+    lora,
     run_name,
     save,
     step_of,
@@ -64,16 +66,20 @@ def train(
     seed: int,
     folder: Path,
     rollout_small: ModelSpec | None = None,
+    fresh: LoraConfig | None = None,
 ) -> list[dict]:
     """Train the adapter of `tuned` further; it goes to `folder/adapter`, sampled completions to `folder/samples.jsonl`.
+
+    Where `tuned` has none, as all its weights were trained, a fresh one is laid on it, with the rows of the tags.
 
     A checkpoint that a killed run left in `folder/trainer` is taken up where it ends.
 
     Args:
-        tuned: the small model with the adapter of stage 02.
+        tuned: the small model as stage 02 has left it.
         big: engine of the big model; never trained. None: `rollout` is self.
         speed: the latency model of the reward.
         rollout_small: the small model on vLLM, where it is to write the rollouts.
+        fresh: the adapter to lay on `tuned`, where it has none.
 
     Returns:
         the trainer's log, a record a step: `reward`, `offload_share`, and each reward's mean.
@@ -88,6 +94,11 @@ def train(
             f"grpo.batch_size to {len(problems) * config.num_generations}."
         )
     model, tokenizer = load_model(tuned, trainable=True)
+    if tuned.adapter is None:
+        assert fresh is not None, "a tuned model without an adapter needs one"
+        fresh.trainable_token_indices = embedding_rows(model, pieces_of_tags(tokenizer))
+        set_seed(seed)  # one of its matrices is drawn, the other begins at 0: it changes nothing yet
+        model = get_peft_model(model, fresh)
     paid = weights(config)
     rollouts = Rollouts(tokenizer, big, problems, config, offload, seed, folder / "samples.jsonl", tuned.context)
     if rollouts.decides and (more := unknown_logits(model)):
@@ -112,8 +123,8 @@ def train(
     _check_privates(trainer)
     trainer.closes_as = rollouts.decides
     ready_for_trl(trainer.model)
-    # TRL may have rounded the one, and its copy for the KL lacks the tags' rows
-    for adapter in trainer.model.peft_config:
+    # TRL may have rounded the one, and its copy for the KL lacks the tags' rows; those of a fresh one are the model's
+    for adapter in trainer.model.peft_config if tuned.adapter else ():
         trainer.model.load_adapter(tuned.adapter, adapter)
     if rollout_small is not None:
         # In the place of TRL's own vLLM: TRL has it synchronised before each batch of rollouts, and corrects the
@@ -207,7 +218,8 @@ def run(p: Params, folder: Path, speed: PairSpeed) -> list[dict]:
     tasks = load_traces(p, p.grpo.n_problems)
     big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None
     small = p.rollout_small if p.grpo.use_vllm else None
-    return train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, folder, small)
+    fresh = None if p.tuned.adapter else lora(p.sft.lora_rank, p.sft.lora_alpha, p.sft.lora, {})
+    return train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, folder, small, fresh)
 
 
 def _for_trl(name: str, targets: Targets, logs: bool) -> Callable[..., list[float]]:

@@ -25,7 +25,7 @@ from srlib.params.run import Params
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# What shares a model's parts out among processes; each would save its own part of the adapter as if it were all.
+# What shares a model's parts out among processes; each would save its own part of what is trained as if it were all.
 SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
@@ -48,7 +48,7 @@ def launch(run: Callable[..., list[dict]], processes: int, p: Params, folder: Pa
     for name in SHARDING:
         if parse_flag_from_env(name):
             raise SrlibError(
-                f"{name} is {os.environ[name]}, but an adapter is saved from one process, which holds all of it: unset "
+                f"{name} is {os.environ[name]}, but what is trained is saved from one process, which holds all of it: unset "
                 f"{name}. Training is data parallel, and an adapter's gradients and moments are not worth sharing out."
             )
     if processes == 1:

@@ -1,9 +1,9 @@
-"""Supervised fine-tuning: the small model learns to write the tags, with TRL and a LoRA adapter.
+"""Supervised fine-tuning: the small model learns to write the tags, with TRL and a LoRA adapter or all of its weights.
 
-Deviations from the paper (section on training): LoRA in place of a full fine-tune, and tags
-that are one added token each, whose embeddings are trained with the adapter. `tags: plain`
+Deviations from the paper (section on training): LoRA in place of a full fine-tune, unless `method` is full,
+and tags that are one added token each, whose embeddings are trained with the adapter. `tags: plain`
 keeps the paper's plain text; the embeddings of its pieces are trained, too, as a full fine-tune
-would: a model may never have met them, as that of the arithmetic world has met no letter.
+does: a model may never have met them, as that of the arithmetic world has met no letter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from random import Random
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
@@ -28,7 +27,7 @@ from srlib.engine.adapters import add_tags, begin_as, embedding_rows, merge, pie
 from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
 from srlib.params import ModelSpec, Params, Sft
 from srlib.training.launch import on_one_device
-from srlib.training.trainer import NoStepAtZero, check_tracker, configured, fit, run_name, save, taken_up
+from srlib.training.trainer import NoStepAtZero, check_tracker, configured, fit, lora, run_name, save, taken_up
 
 LABEL_IGNORED = -100
 Example = dict[str, list[int]]
@@ -51,9 +50,10 @@ def example(tokenizer: PreTrainedTokenizerBase, row: Annotated, hint: str = "") 
 
 
 def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folder: Path, hint: str = "") -> list[dict]:
-    """Fine-tune `small` on annotated traces; adapter and tokenizer go to `folder/adapter`.
+    """Fine-tune `small` on annotated traces; adapter and tokenizer go to `folder/adapter`, a whole model to `folder/model`.
 
-    Where `small` has an adapter already, it is merged into the weights, in `folder/merged`, and the new one is for those.
+    Where `small` has an adapter already, it is merged into the weights, in `folder/merged`, and the new one is for those;
+    a model that is trained as a whole is not written before.
     A checkpoint that a killed run left in `folder/trainer` is taken up where it ends, and all becomes what it would have
     been, but for `num_tokens` in the log: TRL counts them from there.
 
@@ -69,7 +69,7 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
         raise SrlibError("No annotated trace has a span, so there is nothing to learn: lower annotate.threshold.")
     set_seed(seed)
     process = PartialState()
-    if small.adapter is not None:
+    if small.adapter is not None and config.method == "lora":
         with process.main_process_first():
             if process.is_main_process:
                 shutil.rmtree(folder / "merged", ignore_errors=True)  # of a base that may have been made again since
@@ -93,19 +93,26 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     rows_to_train = len(pack_dataset(data, config.max_length)) if config.packing else len(data)
     args = _arguments(small, config, rows_to_train, seed, folder)
     on_one_device(args, model.device)
+    adapter = None
+    if config.method == "full":
+        model.requires_grad_(True)  # PEFT has frozen those that it has merged an adapter into
+    else:
+        adapter = lora(config.lora_rank, config.lora_alpha, config.lora, embedding_rows(model, tokens))
     trainer = _Trainer(
         model=model,
         args=args,
         train_dataset=data,
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=tokenizer,
-        peft_config=_lora(config, embedding_rows(model, tokens)),
+        peft_config=adapter,
     )
     ready_for_trl(trainer.model)
     fit(trainer, folder, taken_up(trainer))
     log = [record for record in trainer.state.log_history if "loss" in record]
     held = [record for record in trainer.state.log_history if "eval_loss" in record]
     log += [{key: record[key] for key in ("step", "epoch", "eval_loss")} for record in held]
+    if config.method == "full":
+        trainer.model.to(dtype_of(small))
     save(trainer, log, folder)
     return log
 
@@ -166,20 +173,6 @@ def _arguments(small: ModelSpec, config: Sft, n: int, seed: int, folder: Path) -
     )
 
 
-def _lora(config: Sft, rows: dict[str, list[int]]) -> LoraConfig:
-    """The adapter; `rows` of the embeddings are trained with it."""
-    return configured(
-        LoraConfig,
-        "sft.lora",
-        config.lora,
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules="all-linear",
-        trainable_token_indices=rows,
-        task_type="CAUSAL_LM",
-    )
-
-
 def check(p: Params) -> None:
     """Check all that is passed on to TRL, PEFT and a tracker, on the CPU and without a model.
 
@@ -188,7 +181,7 @@ def check(p: Params) -> None:
     """
     check_tracker(p.sft.report_to, "sft.report_to")
     _arguments(p.small.model_copy(update={"device": "cpu"}), p.sft, 1, p.seed, p.where("02_sft"))
-    _lora(p.sft, {})
+    lora(p.sft.lora_rank, p.sft.lora_alpha, p.sft.lora, {})
 
 
 def run(p: Params, folder: Path) -> list[dict]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import torch
+from peft import LoraConfig, PeftModel
 from pydantic import ConfigDict, ValidationError, create_model
 from transformers import Trainer, TrainerState
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
@@ -18,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from srlib import SrlibError
 from srlib.data.rows import read_json, write_json
-from srlib.engine.adapters import write_adapter
+from srlib.engine.adapters import write_adapter, write_model
 from srlib.params.names import unknown
 
 Config = TypeVar("Config")
@@ -103,7 +104,7 @@ def fit(trainer: Trainer, folder: Path, checkpoint: Path | None) -> None:
     if checkpoint:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if state.global_step >= state.max_steps:  # where that is within an epoch, transformers would take one more step
-            trainer.model.load_adapter(checkpoint, "default")
+            trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
             return
     with warnings.catch_warnings(), _wandb_in(folder):
@@ -145,9 +146,29 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
+def lora(rank: int, alpha: int, more: dict[str, Any], rows: dict[str, list[int]]) -> LoraConfig:
+    """An adapter on all linear layers, as the section `sft` has it; `rows` of the embeddings are trained with it."""
+    return configured(
+        LoraConfig,
+        "sft.lora",
+        more,
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="all-linear",
+        trainable_token_indices=rows,
+        task_type="CAUSAL_LM",
+    )
+
+
 def save(trainer: Trainer, log: list[dict], folder: Path) -> None:
-    """Adapter and tokenizer to `folder/adapter`, the log to `folder/log.json`; checkpoints are removed."""
-    if trainer.accelerator.is_main_process:  # every process holds all of the adapter
-        write_adapter(trainer, folder / "adapter")
+    """Adapter and tokenizer to `folder/adapter`, or where all weights were trained the whole model to `folder/model`.
+
+    The log goes to `folder/log.json`; checkpoints are removed.
+    """
+    if trainer.accelerator.is_main_process:  # every process holds all that was trained
+        if isinstance(trainer.model, PeftModel):
+            write_adapter(trainer, folder / "adapter")
+        else:
+            write_model(trainer, folder / "model")
         write_json(folder / "log.json", log)
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -74,7 +75,8 @@ def _trained(p: Params, folder: Path, patch: pytest.MonkeyPatch) -> Trained:
                 seen.ends = [layer.weight.detach().clone() for layer in layers]
                 seen.rows = [layer.trainable_tokens_delta["default"].detach().clone() for layer in layers]
             seen.parts.append(Part(self.optimizer.param_groups[0]["lr"], inputs["labels"]))
-            layer = self.model.get_base_model().get_decoder().layers[0]
+            model_itself = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            layer = model_itself.get_decoder().layers[0]
             handle = layer.register_forward_pre_hook(lambda *a: count.append(1))
             try:
                 return super().training_step(model, inputs, *arguments)
@@ -119,6 +121,12 @@ def rows_of_the_tags_at_first(case: Case) -> None:
     for layer, rows in zip(seen.ends, seen.rows, strict=True):
         means = torch.stack([layer[encode(text)].mean(0) for text in words])
         torch.testing.assert_close(rows, means, rtol=0, atol=1e-6)
+
+
+@shows("sft.method")
+def all_weights_are_trained(case: Case) -> None:
+    model = trained(case, method="full").trainer.model
+    assert not isinstance(model, PeftModel) and all(each.requires_grad for each in model.parameters())
 
 
 @shows("sft.lora_rank")
