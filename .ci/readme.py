@@ -60,14 +60,21 @@ def read(name: str) -> Any:
 
 
 def alike(rows: Sequence[Kept]) -> list[Kept]:
-    """Rows of a table, each with all that the others have: keys, and as many numbers in each list."""
+    """Rows of a table, each with all that the others have: keys, and as many numbers in each list.
+
+    What a sweep tries, its `values`, may be of any shape.
+    """
+
+    def shape(key: str, value: Any) -> Any:
+        return _shape(dict.fromkeys(value) if key == "values" else value)
+
     shapes: dict[str, list[Any]] = {}
     for row in rows:
         for key, value in row.items():
-            shapes.setdefault(key, []).append(_shape(value))
+            shapes.setdefault(key, []).append(shape(key, value))
     for row in rows:
         for key, found in shapes.items():
-            if _shape(row[key]) != (usual := max(found, key=found.count)):
+            if shape(key, row[key]) != (usual := max(found, key=found.count)):
                 sys.exit(f"outputs/reference/{row.file}: {row.name} has {row[key]!r} as {key!r}, not {usual}; {MEND}")
     return list(rows)
 
@@ -186,6 +193,10 @@ EXPECTED: dict[str, list[More | Falls]] = {
         More("It is right less often for it", (0, "learned"), (1, "learned")),
         More("Reinforcement earns where marks are coarse", (1, "grpo"), (1, "learned")),
         More("Reinforcement earns where they are fine", (0, "grpo"), (0, "learned")),
+    ],
+    "tag_init": [
+        More("Tags that begin as signs are written sooner", (1, "learned"), (0, "learned"), "offload_share"),
+        More("So they are where both begin as =", (2, "learned"), (0, "learned"), "offload_share"),
     ],
 }
 POLICIES = {"learned": "fine-tuned", "grpo": "reinforced"}

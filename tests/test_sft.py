@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -456,6 +457,25 @@ def test_errors(saved, tmp_path):
         sft.train(spec, plain, Sft(), 0, tmp_path)
     with pytest.raises(SrlibError, match="sft.max_length is 16, but the shortest trace has"):
         sft.train(spec, annotated(4), Sft(max_length=16), 0, tmp_path)
+
+
+def test_the_notebook_warns_of_a_model_that_asks_nowhere(saved, capsys):
+    """Of what the tuned model wrote on the problems to watch, in a line of its own, with what to change."""
+    model, tokenizer = load_model(saved(True))
+    add_tags(tokenizer)
+
+    def told(*texts):
+        traces = [SimpleNamespace(ids=tokenizer.encode(text)) for text in texts]
+        scope = {"tuned": SimpleNamespace(tokenizer=tokenizer), "traces": traces, "rows": annotated(4), "spans": spans}
+        scope |= {"claims": claims, "p": SimpleNamespace(sft=Sft(epochs=0.5))}
+        run_cells("02_sft", scope, "warn_if_silent")
+        return capsys.readouterr().out.splitlines()
+
+    (*_, line) = told("2*3=6;", "6+1=7;")
+    assert line.startswith("warning: the tuned model asks in none of 2 traces")
+    for change in ("sft.epochs, now 0.5", "sft.learning_rate, now 0.003", "annotate.threshold"):
+        assert change in line
+    assert not [line for line in told("2*3=6;", "2*3=<bigmodel>6</bigmodel>;") if "warning" in line]
 
 
 @pytest.mark.parametrize("held_out", [False, True])
