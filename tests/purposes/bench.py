@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from srlib.cost import speed
 from srlib.data.rows import Problem, write_jsonl
 from srlib.decoding.scheduler import Offloader
-from srlib.run import bench, speed
+from srlib.run import bench
 from tests.purposes import Case, shows
 from tests.purposes.latency import against_the_clock
 
