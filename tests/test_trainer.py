@@ -65,10 +65,13 @@ def test_a_tracker_is_told_what_the_log_holds(tuned, big, problems, tmp_path, mo
     assert told.scalars["train/loss"] == [(r["step"], r["loss"]) for r in log if "loss" in r]
     assert told.scalars["eval/loss"] == [(r["step"], r["eval_loss"]) for r in log if "eval_loss" in r]
     assert '"run_name": "mine-02_sft"' in told.texts["args"]
-    config = CONFIG.model_copy(update={"report_to": "tensorboard"})
-    log = grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path / "mine" / "03_grpo")
+    config = CONFIG.model_copy(update={"report_to": "tensorboard", "eval_steps": 1})
+    folder = tmp_path / "mine" / "03_grpo"
+    log = grpo.train(tuned, big, problems[2:], config, OFFLOAD, SPEED, 0, folder, validation=problems[:2])
     for name in ("reward", "offload_share", "rewards/accuracy/mean"):
-        assert told.scalars[f"train/{name}"] == [(r["step"], r[name]) for r in log]
+        assert told.scalars[f"train/{name}"] == [(r["step"], r[name]) for r in log if name in r]
+    for name in ("reward", "offload_share", "accuracy"):
+        assert told.scalars[f"eval/{name}"] == [(r["step"], r[f"eval_{name}"]) for r in log if f"eval_{name}" in r]
     assert '"run_name": "mine-03_grpo"' in told.texts["args"]
     assert told.folders == [str(tmp_path / "mine" / stage / "tensorboard") for stage in ("02_sft", "03_grpo")]
 

@@ -56,6 +56,8 @@ class Trained:
     parts: list[Part] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)  # what the rollouts of each step gave TRL
     engines: list = field(default_factory=list)  # that wrote the small model's part of each
+    looks: list = field(default_factory=list)  # the same of each look
+    asked: list[list[str]] = field(default_factory=list)  # the prompts of each of both
     saved: list[int] = field(default_factory=list)  # the steps of the checkpoints
     vllm: list = field(default_factory=list)  # the specs of what was to be loaded on vLLM
 
@@ -144,9 +146,10 @@ def _trained(p: Params, folder: Path, patch: pytest.MonkeyPatch) -> Trained:
             seen.steps.append({**super().__call__(numbers, trainer), "numbers": numbers})
             return {name: values for name, values in seen.steps[-1].items() if name != "numbers"}
 
-        def write(self, small, prompts, step):
-            seen.engines.append(small)
-            return super().write(small, prompts, step)
+        def write(self, small, prompts, step, greedy=False):
+            (seen.looks if greedy else seen.engines).append(small)
+            seen.asked.append(prompts)
+            return super().write(small, prompts, step, greedy)
 
     def loading(spec, slots=64):
         if spec.engine != "vllm":
@@ -337,6 +340,20 @@ def divisor_of_advantages(case: Case) -> None:
     total = reward(seen, "accuracy") + 0.25 * reward(seen, "latency") + reward(seen, "coverage")
     by_hand = (total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-4)
     assert in_order(seen.parts[0].advantages) == pytest.approx(in_order(by_hand), abs=1e-3)
+
+
+@shows("grpo.eval_steps")
+def steps_between_looks(case: Case) -> None:
+    seen = trained(case, eval_steps=2, max_steps=5)
+    assert [record["step"] for record in seen.log if "eval_reward" in record] == [2, 4, 5]
+    assert len(seen.looks) == 3
+
+
+@shows("grpo.n_validation")
+def problems_of_a_look(case: Case) -> None:
+    seen = trained(case, n_validation=3, eval_steps=2)
+    asked = {len(prompts) for prompts in seen.asked}
+    assert asked == {16, 3} and not {*seen.asked[0]} & {*seen.asked[-1]}
 
 
 @shows("grpo.save_steps")
