@@ -86,7 +86,9 @@ def models(case: Case) -> dict[str, str]:
         make_tuned(folder)
         random_model(len(arith.tokenizer()), 2).save_pretrained(folder / "big")
         arith.tokenizer().save_pretrained(folder / "big")
-        write_jsonl(folder / "problems.jsonl", islice(arith.generate(Arith(min_steps=1, max_steps=2), "traces", 0), 16))
+        every = [*islice(arith.generate(Arith(min_steps=1, max_steps=2), "traces", 0), 160)]
+        for name, n in (("problems", 16), ("many", 160)):
+            write_jsonl(folder / f"{name}.jsonl", every[:n])
 
     folder = case.fixture("once")("grpo_purposes", fill)
     return {
@@ -100,6 +102,14 @@ def models(case: Case) -> dict[str, str]:
 
 def params(case: Case, **changes) -> Params:
     return case.params({**BASE, **models(case), **{f"grpo.{name}": value for name, value in changes.items()}})
+
+
+def looking(case: Case, **changes) -> Trained:
+    """`trained` on a set that has problems to look at, too."""
+    paths = models(case)
+    paths["data.traces"] = paths["data.traces"].replace("problems", "many")
+    p = case.params({**BASE, **paths, **{f"grpo.{name}": value for name, value in changes.items()}})
+    return once(DONE, p, lambda patch: _trained(p, case.folder, patch))
 
 
 def trained(case: Case, **changes) -> Trained:
@@ -344,14 +354,14 @@ def divisor_of_advantages(case: Case) -> None:
 
 @shows("grpo.eval_steps")
 def steps_between_looks(case: Case) -> None:
-    seen = trained(case, eval_steps=2, max_steps=5)
+    seen = looking(case, eval_steps=2, max_steps=5)
     assert [record["step"] for record in seen.log if "eval_reward" in record] == [2, 4, 5]
     assert len(seen.looks) == 3
 
 
 @shows("grpo.n_validation")
 def problems_of_a_look(case: Case) -> None:
-    seen = trained(case, n_validation=3, eval_steps=2)
+    seen = looking(case, n_validation=3, eval_steps=2)
     asked = {len(prompts) for prompts in seen.asked}
     assert asked == {16, 3} and not {*seen.asked[0]} & {*seen.asked[-1]}
 
