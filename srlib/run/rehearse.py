@@ -147,6 +147,8 @@ def _machine(values: dict[str, Any], noted: list[str]) -> None:
         if spec["engine"] == "vllm" and not here:
             noted.append(f"{side} runs on transformers: vLLM is not installed")
             spec |= {"engine": "transformers", "url": None, "kv_cache_gb": None}
+        if spec["dtype"] == "float16" and side == "pair.small" and values["pair"]["tuned"] is None:
+            noted.append(f"{side} is trained in float16 without scaling its losses: that needs a GPU")
         if spec["device"] not in ("auto", "cpu"):
             noted.append(f"{side} is on the CPU, not on {spec['device']}")
             spec["device"] = "auto"

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import trl
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -27,7 +26,7 @@ from srlib.cost.latency import PairSpeed
 from srlib.data.problems import traces as load_traces
 from srlib.data.rows import Problem
 from srlib.engine.adapters import ready_for_trl
-from srlib.engine.models import device_of, dtype_of, load_model
+from srlib.engine.models import device_of, load_model
 from srlib.engine.protocol import Engine
 from srlib.params import Grpo, ModelSpec, Offload, Params
 from srlib.training.credit import Credited, unknown_logits
@@ -40,6 +39,7 @@ from srlib.training.trainer import (
     check_tracker,
     configured,
     fit,
+    precision,
     run_name,
     save,
     step_of,
@@ -192,7 +192,7 @@ def _arguments(tuned: ModelSpec, config: Grpo, offload: Offload, seed: int, fold
         reward_weights=list(weights(config).values()),
         max_completion_length=offload.max_tokens,
         gradient_checkpointing=config.gradient_checkpointing,
-        bf16=dtype_of(tuned) == torch.bfloat16,
+        **precision(tuned),
         use_cpu=device_of(tuned) == "cpu",
         logging_steps=1,
         save_steps=config.save_steps,

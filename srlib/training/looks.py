@@ -30,6 +30,7 @@ class Looking(GRPOTrainer):
     """A trainer that looks; `looks` is set by who makes it, None: it does not."""
 
     looks: Looks | None = None
+    control: TrainerControl
 
     def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
         """Called by transformers where a look is due; returns its record, once it is logged."""

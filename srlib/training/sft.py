@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from random import Random
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
@@ -24,10 +23,10 @@ from srlib import SrlibError
 from srlib.data.prompts import continuation, encode_prompt
 from srlib.data.rows import Annotated, read_jsonl
 from srlib.engine.adapters import add_tags, embedding_rows, merge, pieces_of_tags, ready_for_trl
-from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
+from srlib.engine.models import device_of, fit_embeddings, load_model
 from srlib.params import ModelSpec, Params, Sft
 from srlib.training.launch import on_one_device
-from srlib.training.trainer import NoStepAtZero, check_tracker, configured, fit, run_name, save, taken_up
+from srlib.training.trainer import NoStepAtZero, check_tracker, configured, fit, precision, run_name, save, taken_up
 
 LABEL_IGNORED = -100
 Example = dict[str, list[int]]
@@ -137,7 +136,7 @@ def _arguments(small: ModelSpec, config: Sft, n: int, seed: int, folder: Path) -
         lr_scheduler_type="cosine",
         warmup_steps=1 + int(config.warmup_ratio * steps),  # see `NoStepAtZero`
         max_length=config.max_length,
-        bf16=dtype_of(small) == torch.bfloat16,
+        **precision(small),
         use_cpu=device_of(small) == "cpu",
         gradient_checkpointing=config.gradient_checkpointing,
         logging_steps=logging_steps,
