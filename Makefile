@@ -18,7 +18,7 @@ test-fast: .venv/installed
 
 # Every stage of the params files that need GPUs, here, with tiny twins of their models.
 rehearse: .venv/installed
-	set -e; for name in gpu24 node released; do $(BIN)/python -m srlib rehearse params/$$name.yaml; done
+	set -e; for name in gpu16 gpu24 node released; do $(BIN)/python -m srlib rehearse params/$$name.yaml; done
 
 # Tests that need an extra run in an environment that has it; there they may not be skipped.
 test-extra:

@@ -18,6 +18,7 @@ from srlib.engine.transformers import TransformersEngine
 from srlib.evaluation import stats
 from srlib.params import ROOT, Sft, load
 from srlib.show import claims, owners, timing
+from srlib.show.tables import table
 from tests.cells import run_cells
 
 PRODUCT = "<think>51-6=45;45*7=15;</think>\\boxed{15}"
@@ -256,6 +257,17 @@ def test_04_by_hand_is_what_the_controller_does(pair, tokenizer, monkeypatch, ca
     assert "no case here" not in told and scope["closes"]
     for sentence in ("the small model takes control back", "the controller writes the same", "no token twice"):
         assert re.search(f"^holds here: .*{sentence}", told, re.MULTILINE), sentence
+
+
+def test_03_says_which_look_is_kept(tmp_path, capsys):
+    """Beside the steps, whose claims are about the rollouts alone."""
+    seen = {"eval_reward": 0.5, "eval_accuracy": 0.75, "eval_offload_share": 0.0625}
+    log = [{"step": i + 1, **record} for i, record in enumerate(LOG)]
+    log += [{"step": step, **seen, "kept": step == 4} for step in (2, 4, 5)]
+    scope = run_cells("03_grpo", {"log": log, "folder": tmp_path, "claims": claims, "table": table}, "learning_curves(")
+    told = capsys.readouterr().out
+    assert "kept: the adapter of step 4" in told and "50.0% in the last" in told
+    assert [look["step"] for look in scope["looks"]] == [2, 4, 5] and (tmp_path / "learning.png").is_file()
 
 
 def test_the_load_of_07_is_that_of_its_groups(tmp_path, monkeypatch):

@@ -202,6 +202,7 @@ def test_where_a_gpu_is_asked_for_its_attention_makes_no_plans(monkeypatch, fold
 
     before = torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", loads)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
         for gpu in (False, True):
@@ -233,3 +234,18 @@ def test_load_errors(pair, tokenizer, tmp_path):
     weights.unlink()
     with pytest.raises(SrlibError, match="holds no .safetensors file"):
         engine.load(tmp_path / "m")
+
+
+def test_the_dtype_of_a_card_without_bf16(monkeypatch):
+    """A T4: torch would emulate it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    spec = {kind: ModelSpec(path="any", dtype=kind) for kind in ("auto", "bfloat16", "float16")}
+    for there, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, there=there: there)
+        assert models.dtype_of(spec["auto"]) == expected and models.dtype_of(spec["float16"]) == torch.float16
+    with pytest.raises(SrlibError, match="dtype is bfloat16, in which Tesla T4 does not compute; set it to float16 or"):
+        models.dtype_of(spec["bfloat16"])
+    assert models.dtype_of(spec["bfloat16"].model_copy(update={"device": "cpu"})) == torch.bfloat16
+    packed = spec["float16"].model_copy(update={"quantization": "nf4"})
+    assert models._quantization(packed).bnb_4bit_compute_dtype == torch.float16

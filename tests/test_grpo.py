@@ -459,10 +459,10 @@ def test_trained_rows_stand_in_the_embeddings_while_rollouts_are_written(tuned, 
     """And afterwards these are what they were, to the bit."""
     write, seen = rollouts.Rollouts.write, []
 
-    def spying(self, small, prompts, step):
+    def spying(self, small, prompts, step, greedy=False):
         layers = [each for each in small.model.modules() if isinstance(each, TrainableTokensLayer)]
         seen.append([(each, each.merged, each.base_layer.weight[98:].clone()) for each in layers])
-        return write(self, small, prompts, step)
+        return write(self, small, prompts, step, greedy)
 
     monkeypatch.setattr(rollouts.Rollouts, "write", spying)
     before, _ = load_model(tuned.model_copy(update={"adapter": None}))
@@ -511,11 +511,13 @@ def test_another_trl_is_refused(tuned, big, problems, tmp_path, monkeypatch, nam
 
 
 def test_two_processes_are_one_with_the_same_batch(tuned, big, problems, tmp_path, capfd):
-    """With two CPU processes the first step's loss, reward and gradient are those of one."""
-    config = CONFIG.model_copy(update={"max_steps": 1, "batch_size": 16, "num_generations": 4})
+    """With two CPU processes the first step's loss, reward and gradient are those of one, and so is a look."""
+    update = {"max_steps": 1, "batch_size": 16, "num_generations": 4, "n_problems": 5, "eval_steps": 1}
+    config = CONFIG.model_copy(update=update | {"n_validation": 3})
     write_jsonl(tmp_path / "problems.jsonl", problems)
     drawn = load_problems(tmp_path / "problems.jsonl", config.n_problems, 0)
-    (one,) = grpo.train(tuned, big, drawn, config, OFFLOAD, SPEED, 0, tmp_path / "one")
+    others = [problem for problem in problems if problem not in drawn]
+    one, seen = grpo.train(tuned, big, drawn, config, OFFLOAD, SPEED, 0, tmp_path / "one", validation=others)
     big.model.save_pretrained(tmp_path / "big")
     big.tokenizer.save_pretrained(tmp_path / "big")
     made = tmp_path / "run" / "02_sft"
@@ -529,7 +531,8 @@ def test_two_processes_are_one_with_the_same_batch(tuned, big, problems, tmp_pat
         offload=OFFLOAD,
         grpo=config.model_copy(update={"processes": 2}),
     )
-    (two,) = launch.launch(grpo.run, p.grpo.processes, p, p.stage_dir("03_grpo"), SPEED)
+    two, look = launch.launch(grpo.run, p.grpo.processes, p, p.stage_dir("03_grpo"), SPEED)
+    assert look == pytest.approx(seen)
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
     assert two["reward"] == pytest.approx(one["reward"], abs=1e-6)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)

@@ -31,6 +31,16 @@ def test_reading_and_training_by_hand():
     assert hours.stages(p)["02_sft"] == pytest.approx(trained + watched)
 
 
+def test_looks_by_hand():
+    """One at each multiple of `eval_steps`, and one behind the last step."""
+    without, problems = seconds("03_grpo"), {"grpo__n_validation": 32}  # as many as a step has rollouts
+    rollouts = seconds("03_grpo", grpo__eval_steps=50, **problems) - without
+    assert 0 < rollouts < without / 50
+    assert seconds("03_grpo", grpo__eval_steps=20, **problems) == pytest.approx(without + 3 * rollouts)
+    problems["grpo__n_validation"] = 64
+    assert seconds("03_grpo", grpo__eval_steps=20, **problems) == pytest.approx(without + 6 * rollouts)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_one_trace_takes_what_the_simulation_says(share):
     small, big = roofline("a100", "1.5B"), roofline("a100", "32B")
@@ -50,6 +60,7 @@ def test_one_trace_takes_what_the_simulation_says(share):
         ("03_grpo", {"sft.method": "full"}, 1),
         ("03_grpo", {"grpo.max_steps": 100}, 2),
         ("03_grpo", {"grpo.rollout": "self"}, None),
+        ("03_grpo", {"grpo.eval_steps": 10}, None),
         ("04_offload", {"offload.n_demo": 16}, None),
         ("05_evaluate", {"evaluate.samples_per_problem": 2}, None),
         ("07_latency", {"bench.repeats": 7}, 2),

@@ -139,13 +139,13 @@ def _held(made) -> int:
     return sum(x.nbytes for store in (made._cache.keys, made._cache.values) for x in store.values())
 
 
-@pytest.mark.parametrize("name", ["gpu24", "node", "cpu", "smoke"])
+@pytest.mark.parametrize("name", ["gpu16", "gpu24", "node", "cpu", "smoke"])
 def test_every_scale_fits(name, capsys):
     assert main(["plan", f"params/{name}.yaml"]) == 0
     assert "Every stage fits." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["gpu24", "node", "released"])
+@pytest.mark.parametrize("name", ["gpu16", "gpu24", "node", "released"])
 def test_a_twentieth_of_a_card_is_left_free(name):
     there = params.load(f"params/{name}.yaml").hardware.gpu_gb
     p = params.load(f"params/{name}.yaml", **{"hardware.gpu_gb": 0.95 * there})
@@ -153,7 +153,25 @@ def test_a_twentieth_of_a_card_is_left_free(name):
 
 
 def test_one_card_is_done_within_a_day_by_its_plan():
-    assert sum(hours.stages(params.load("params/gpu24.yaml")).values()) < 24 * 3600
+    for name, most in (("gpu16", 12), ("gpu24", 24)):
+        assert sum(hours.stages(params.load(f"params/{name}.yaml")).values()) < most * 3600
+
+
+def test_bfloat16_is_refused_on_a_card_that_has_none():
+    """By its name, in the plan and before each stage, with a change that mends it."""
+    card = {"hardware.gpu": "t4"}
+    p = params.load("params/gpu24.yaml", **card)
+    with pytest.raises(
+        SrlibError, match="^02_sft .*: pair.small.dtype is bfloat16, in which a t4 does not compute. It fits"
+    ) as error:
+        memory.check(p, "02_sft")
+    assert "with pair.small.dtype: float16 (" in str(error.value)
+    memory.check(params.load("params/gpu24.yaml", **card, **{"pair.small.dtype": "auto"}), "02_sft")
+    with pytest.raises(SrlibError, match="fits with pair.small.dtype: float16, pair.big.dtype: float16"):
+        memory.check(p, "03_grpo")
+    with pytest.raises(SrlibError, match="pair.tuned.dtype is bfloat16"):
+        memory.check(params.load("params/released.yaml", **card), "05_evaluate")
+    memory.check(params.load("params/gpu24.yaml", **card, **{"hardware.gpus": 0}), "04_offload")
 
 
 def test_bf16_of_the_14b_is_refused_on_24_gb_and_the_mend_mends(capsys):

@@ -49,7 +49,7 @@ def test_overrides():
         ({"bench.batch_sizes": [4, 0]}, r"bench.batch_sizes.1 is 0: input should be greater than or equal to 1"),
         ({"latency.gpus": [0]}, r"latency.gpus.0 is 0: input should be greater than or equal to 1"),
         ({"latency.big": "33B"}, r"latency.big is '33B': input should be '1.5B', '7B', '8B', '14B', '32B' or '70B'"),
-        ({"latency.gpu": "h1000"}, r"latency.gpu is 'h1000': input should be 'a6000', .* or 'h200'"),
+        ({"latency.gpu": "h1000"}, r"latency.gpu is 'h1000': input should be 't4', .* or 'h200'"),
         ({"pair.small.kv_cache_gb": 2}, r"kv_cache_gb and the parallel settings need engine: vllm"),
         ({"pair.small": {"quantization": "awq"}}, r"awq needs engine: vllm; transformers takes nf4 and int8"),
         ({"pair.small": {"engine": "vllm", "quantization": "nf4"}}, r"nf4 needs engine: transformers; vllm takes awq"),

@@ -21,7 +21,7 @@ from srlib.params import ROOT, Params, build, load
 from srlib.params.reference import settings
 from srlib.run import pipeline, rehearse, twins
 
-SHIPPED = ["cpu", "smoke", "gpu24", "node", "released"]
+SHIPPED = ["cpu", "smoke", "gpu16", "gpu24", "node", "released"]
 ARCHITECTURES = [
     "llama",
     "qwen2",
@@ -216,6 +216,7 @@ def test_the_params_of_a_rehearsal_have_the_structure_of_the_file(name, tmp_path
     told = "\n".join(noted)
     assert ("data.test is made here" in told) == (p.data.test is not None)
     assert ("pair.big is on one device, not on 4" in told) == (name == "node")
+    assert ("pair.small is trained in float16 without scaling its losses" in told) == (name == "gpu16")
 
 
 def test_the_flags_of_the_server_are_those_of_the_comment():

@@ -92,6 +92,7 @@ def drawn(name):
     """Every figure of the room, with `name` wherever a name is."""
     curve, log = {name: ([0.1, 0.5], [1.0, 2.0])}, [{"step": i, "offload_share": 0.1} for i in range(4)]
     log = [record | {"rewards/accuracy/mean": 0.5} for record in log]
+    log += [{"step": i, "eval_accuracy": 0.5, "eval_offload_share": 0.1, "kept": i == 3} for i in (1, 3)]
     return {
         figures.losses: lambda: figures.losses({name: [2.0, 1.0, 0.5]}),
         figures.learning_curves: lambda: figures.learning_curves({name: log, "other": log}),

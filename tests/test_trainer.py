@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import pytest
+import torch
 from transformers.integrations import integration_utils
 
 from srlib import SrlibError
@@ -16,7 +17,7 @@ from srlib.params import load
 from srlib.run import pipeline
 from srlib.run.stages import STAGES, require
 from srlib.training import grpo, sft
-from tests.test_grpo import CONFIG, OFFLOAD, SPEED, big, problems, tuned  # noqa: F401  (fixtures)
+from tests.test_grpo import CONFIG, OFFLOAD, SPEED, big, make_tuned, problems, tuned  # noqa: F401  (fixtures)
 from tests.test_sft import numbered
 
 
@@ -65,12 +66,46 @@ def test_a_tracker_is_told_what_the_log_holds(tuned, big, problems, tmp_path, mo
     assert told.scalars["train/loss"] == [(r["step"], r["loss"]) for r in log if "loss" in r]
     assert told.scalars["eval/loss"] == [(r["step"], r["eval_loss"]) for r in log if "eval_loss" in r]
     assert '"run_name": "mine-02_sft"' in told.texts["args"]
-    config = CONFIG.model_copy(update={"report_to": "tensorboard"})
-    log = grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path / "mine" / "03_grpo")
+    config = CONFIG.model_copy(update={"report_to": "tensorboard", "eval_steps": 1})
+    folder = tmp_path / "mine" / "03_grpo"
+    log = grpo.train(tuned, big, problems[2:], config, OFFLOAD, SPEED, 0, folder, validation=problems[:2])
     for name in ("reward", "offload_share", "rewards/accuracy/mean"):
-        assert told.scalars[f"train/{name}"] == [(r["step"], r[name]) for r in log]
+        assert told.scalars[f"train/{name}"] == [(r["step"], r[name]) for r in log if name in r]
+    for name in ("reward", "offload_share", "accuracy"):
+        assert told.scalars[f"eval/{name}"] == [(r["step"], r[f"eval_{name}"]) for r in log if f"eval_{name}" in r]
     assert '"run_name": "mine-03_grpo"' in told.texts["args"]
     assert told.folders == [str(tmp_path / "mine" / stage / "tensorboard") for stage in ("02_sft", "03_grpo")]
+
+
+@pytest.mark.parametrize("stage", [sft, grpo])
+def test_fp16_trains_an_adapter_in_fp32(stage, big, problems, tmp_path, monkeypatch):  # noqa: F811
+    """With the scaler of losses that accelerate leaves out on a CPU, as on a GPU, and without: the same."""
+    fit, scale, seen = stage.fit, None, {}
+
+    def fitting(trainer, *arguments):
+        held = [(parameter.requires_grad, parameter.dtype) for parameter in trainer.model.parameters()]
+        if scale:
+            trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu", scale)
+        fit(trainer, *arguments)
+        assert trainer.args.fp16 and not trainer.args.bf16
+        assert {*held} == {(True, torch.float32), (False, torch.float16)}
+        seen[scale] = trainer.accelerator.scaler, trainer.state.log_history[0]
+
+    monkeypatch.setattr(stage, "fit", fitting)
+    spec = make_tuned(tmp_path, eager=0.7).model_copy(
+        update={"dtype": "float16"}
+    )  # one that is surer is rounded too much
+    for scale in (None, 64.0):
+        folder = tmp_path / str(scale)
+        if stage is sft:
+            sft.train(spec.model_copy(update={"adapter": None}), numbered(16), load("params/smoke.yaml").sft, 0, folder)
+        else:
+            grpo.train(spec, big, problems, CONFIG.model_copy(update={"preset": "paper"}), OFFLOAD, SPEED, 0, folder)
+        assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    (none, plain), (scaler, scaled) = seen.values()
+    assert none is None and scaler.get_scale() == 64.0, "no step was left out"
+    for name in ("loss", "grad_norm"):
+        assert scaled[name] == pytest.approx(plain[name], rel=0.05) and abs(plain[name]) > 0.1
 
 
 @pytest.mark.parametrize("given", [None, "elsewhere"])

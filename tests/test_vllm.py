@@ -404,7 +404,7 @@ def test_what_is_written_of_engines_is_true_of_these_versions(tmp_path):
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     written = written_models(tmp_path)
-    assert {"node.yaml", "gpu24.yaml", "released.yaml", "README 1"} <= {where for where, _ in written}
+    assert {"node.yaml", "gpu16.yaml", "gpu24.yaml", "released.yaml", "README 1"} <= {where for where, _ in written}
     assert {spec.engine for _, spec in written} == {"transformers", "vllm"}
     for where, spec in written:
         if spec.engine == "vllm":

@@ -43,14 +43,16 @@ Named = TypeVar("Named")
 
 @dataclass(frozen=True)
 class Gpu:
-    """From the maker's data sheet: GB/s of memory, dense TFLOPS in bf16, GB of memory."""
+    """From the maker's data sheet: GB/s of memory, dense TFLOPS in bf16, or in fp16 where it has no bf16, GB of memory."""
 
     bandwidth: float
     tflops: float
     memory: float
+    bf16: bool = True
 
 
 GPUS = {
+    "t4": Gpu(320, 65, 16, bf16=False),
     "a6000": Gpu(768, 155, 48),
     "rtx4090": Gpu(1008, 165, 24),
     "l40s": Gpu(864, 362, 48),

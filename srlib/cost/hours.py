@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
 
 from srlib.cost import memory
 from srlib.cost.costs import Cost, roofline
@@ -136,11 +137,15 @@ def _sft(p: Params) -> float:
 
 
 def _grpo(p: Params) -> float:
-    """Each step writes a batch, and is trained on it."""
+    """Each step writes a batch, and is trained on it; each look writes some problems."""
     g = p.grpo
     share = SHARE if g.rollout == "true_offload" else 0.0
-    rollouts = _write(p, g.batch_size / g.processes, share, "03_grpo", p.rollout_slots)
-    return g.max_steps * (rollouts + _trained(p, "03_grpo", g.batch_size, p.latency.prompt + _length(p)))
+    rollouts, look = (
+        _write(p, n / g.processes, share, "03_grpo", p.rollout_slots) for n in (g.batch_size, g.n_validation)
+    )
+    looks = ceil(g.max_steps / g.eval_steps) if g.eval_steps else 0  # the last step has one
+    trained = _trained(p, "03_grpo", g.batch_size, p.latency.prompt + _length(p))
+    return g.max_steps * (rollouts + trained) + looks * look
 
 
 def _evaluate(p: Params) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from srlib import SrlibError
+from srlib.cost.costs import GPUS
 from srlib.cost.shapes import Shape, qwen2, shape
 from srlib.data import benchmarks
 from srlib.engine.protocol import SCORE_POSITIONS, SCORE_TOKENS
@@ -265,11 +266,27 @@ def faults(p: Params, stage: str) -> list[str]:
         elif total > there:
             parts = ", ".join(f"{kind} {gib:.1f}" for kind, gib in kinds.items() if gib >= 0.05)
             found.append(f"{total:.1f} GiB are needed on {device} ({parts}), and there are {there:.1f}")
-    for side, model in models(p, stage).items():
+    held = models(p, stage)
+    for key in _in_bf16(p, held):
+        found.append(f"{key} is bfloat16, in which a {p.hardware.gpu} does not compute")
+    for side, model in held.items():
         if model.spec.kv_cache_gb and model.devices() and sequences(model) < 1:
             one, given = model.cache(model.tokens) / GIB / len(model.devices()), model.spec.kv_cache_gb
             found.append(f"one sequence takes {one:.2f} GiB, and {_cache_key(side)} is {given:g}")
     return found
+
+
+def _in_bf16(p: Params, held: dict[str, _Model]) -> list[str]:
+    """The parameters that ask for bfloat16 on a GPU (`hardware.gpu`) that has none."""
+    if GPUS[p.hardware.gpu].bf16:
+        return []
+    sections = {
+        "small": "pair.tuned" if p.pair.tuned else "pair.small",
+        "big": "pair.big",
+        "judge": "annotate.judge.local",
+    }
+    there = {side: model for side, model in held.items() if side in sections and model.devices() not in ([], ["cpu"])}
+    return [f"{sections[side]}.dtype" for side, model in there.items() if model.spec.dtype == "bfloat16"]
 
 
 def _cache_key(side: str) -> str:
@@ -338,6 +355,8 @@ def _knobs(p: Params, stage: str) -> Iterator[tuple[str, list[Any]]]:
         return [value >> i for i in range(1, value.bit_length()) if value >> i >= least]
 
     held, gpus = models(p, stage), p.hardware.gpus
+    for key in _in_bf16(p, held):
+        yield key, ["float16"]
     if stage in ("02_sft", "03_grpo"):
         yield f"{stage[3:]}.gradient_checkpointing", [True]
         c = p.sft if stage == "02_sft" else p.grpo

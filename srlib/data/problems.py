@@ -109,11 +109,16 @@ def load(
     return random.Random(seed).sample(found, n) if whole and n is not None else found
 
 
-def traces(p: Params, n: int, *, worked: bool = False, dropped: Counter[str] | None = None) -> list[Problem]:
+def traces(
+    p: Params, n: int, *, worked: bool = False, dropped: Counter[str] | None = None, seed: int | None = None
+) -> list[Problem]:
     """`n` of the traces that a run reads.
 
     Of a set that the params name, rows that cannot be used are left out and counted in `dropped`; in what
     stage 00 wrote there are none, but the file is damaged. A problem of the test set is such a row (`data.decontaminate`).
+
+    Args:
+        seed: of the draw; None: the run's.
 
     Raises:
         SrlibError: as `load`.
@@ -123,7 +128,8 @@ def traces(p: Params, n: int, *, worked: bool = False, dropped: Counter[str] | N
         asked = load(p.test.model_copy(update={"prompt": "plain"}), seed=p.seed)
         apart = Overlap((problem.prompt for problem in asked), p.data.decontaminate)
     on_bad: Literal["raise", "drop"] = "drop" if p.data.traces else "raise"
-    return load(p.traces, n, p.seed, worked=worked, on_bad=on_bad, dropped=dropped, apart=apart)
+    seed = p.seed if seed is None else seed
+    return load(p.traces, n, seed, worked=worked, on_bad=on_bad, dropped=dropped, apart=apart)
 
 
 def told(dropped: Counter[str]) -> str:

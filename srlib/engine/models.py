@@ -44,10 +44,22 @@ def device_of(spec: ModelSpec) -> str:
 
 
 def dtype_of(spec: ModelSpec) -> torch.dtype:
-    """The dtype a spec asks for; `auto` is fp32 on a CPU, where bf16 is emulated and slow."""
-    if spec.dtype != "auto":
+    """The dtype a spec asks for; `auto` is fp32 on a CPU, where bf16 is emulated and slow, and fp16 on a GPU without bf16.
+
+    Raises:
+        SrlibError: it is bfloat16, and the GPU has none.
+    """
+    if spec.dtype not in ("auto", "bfloat16"):
         return getattr(torch, spec.dtype)
-    return torch.float32 if device_of(spec) == "cpu" else torch.bfloat16
+    if device_of(spec) == "cpu":
+        return torch.float32 if spec.dtype == "auto" else torch.bfloat16
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if spec.dtype == "bfloat16":
+        raise SrlibError(
+            f"dtype is bfloat16, in which {torch.cuda.get_device_name()} does not compute; set it to float16 or auto."
+        )
+    return torch.float16
 
 
 def load_model(spec: ModelSpec, trainable: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -64,11 +76,12 @@ def load_model(spec: ModelSpec, trainable: bool = False) -> tuple[PreTrainedMode
         # On Hopper torch prefers cuDNN's attention, which makes a plan for each exact shape and keeps it: as sequences
         # grow, each step would wait for a new one.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    dtype = dtype_of(spec)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             spec.path,
             **spec.pinned,
-            dtype=dtype_of(spec),
+            dtype=dtype,
             use_safetensors=True,
             quantization_config=_quantization(spec),
             device_map={"": device_of(spec)},

@@ -9,7 +9,7 @@ from pydantic import Field
 from srlib.params.models import Section
 
 ModelSize = Literal["1.5B", "7B", "8B", "14B", "32B", "70B"]
-GpuName = Literal["a6000", "rtx4090", "l40s", "a100", "h100", "h200"]
+GpuName = Literal["t4", "a6000", "rtx4090", "l40s", "a100", "h100", "h200"]
 
 
 class Latency(Section):

@@ -65,7 +65,8 @@ class ModelSpec(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="of weights and computation, but of what is quantised; auto: bfloat16 on a GPU, float32 on a CPU",
+        description="of weights and computation, but of what is quantised; auto: bfloat16 on a GPU (float16 on one "
+        "that has none), float32 on a CPU",
     )
     quantization: Literal["none", "nf4", "int8", "awq", "gptq", "fp8"] = Field(
         "none",

@@ -163,6 +163,13 @@ class Grpo(Section):
         description="whose standard deviation advantages are divided by; none, batch: a reward counts in proportion to its "
         "weight, so that a price is a price; group: where one alone differs in a group, any weight of it does the same",
     )
+    eval_steps: int = Field(
+        0,
+        ge=0,
+        description="steps between looks: the policy as it stands writes problems it is not trained on, greedily, behind "
+        "the last step, too; the one with the highest reward is kept. 0: none, and the last is kept",
+    )
+    n_validation: int = Field(128, ge=1, description="eval_steps: problems of a look, held out from those trained on")
     save_steps: int = Field(50, ge=1, description="steps between checkpoints, of which the last is kept")
     report_to: Tracker = "none"
     trainer: dict[str, Anything] = Field(

@@ -41,7 +41,8 @@ MOST: dict[str, Any] = {
     "annotate.n_traces": ROWS, "annotate.n_compare": 16, "annotate.batch_size": 8, "annotate.tries": 2,
     "sft.epochs": 1, "sft.batch_size": 8, "sft.gradient_accumulation_steps": 2, "sft.processes": 2, "sft.n_watch": 8,
     "sft.n_validation": 8,
-    "grpo.n_problems": 16, "grpo.max_steps": 2, "grpo.save_steps": 1, "grpo.sample_every": 1, "grpo.processes": 2,
+    "grpo.n_problems": 16, "grpo.max_steps": 2, "grpo.save_steps": 1, "grpo.eval_steps": 1,
+    "grpo.n_validation": 4, "grpo.sample_every": 1, "grpo.processes": 2,
     "grpo.num_generations": 4, "grpo.gradient_accumulation_steps": 2, "grpo.rollouts_at_once": 8,
     "grpo.vllm_kv_cache_gb": CACHE_GB, "pair.small.kv_cache_gb": CACHE_GB, "pair.big.kv_cache_gb": CACHE_GB,
     "pair.tuned.kv_cache_gb": CACHE_GB,
@@ -146,6 +147,8 @@ def _machine(values: dict[str, Any], noted: list[str]) -> None:
         if spec["engine"] == "vllm" and not here:
             noted.append(f"{side} runs on transformers: vLLM is not installed")
             spec |= {"engine": "transformers", "url": None, "kv_cache_gb": None}
+        if spec["dtype"] == "float16" and side == "pair.small" and values["pair"]["tuned"] is None:
+            noted.append(f"{side} is trained in float16 without scaling its losses: that needs a GPU")
         if spec["device"] not in ("auto", "cpu"):
             noted.append(f"{side} is on the CPU, not on {spec['device']}")
             spec["device"] = "auto"
@@ -177,7 +180,7 @@ def _enough(p: Params) -> None:
     if _here(p.data.traces) and "01_annotate" in stages:
         problems.traces(p, p.annotate.n_traces, worked=not p.annotate.tries)
     if _here(p.data.traces) and "03_grpo" in stages:
-        problems.traces(p, p.grpo.n_problems)
+        problems.traces(p, p.grpo.n_problems + p.grpo.n_validation * bool(p.grpo.eval_steps))
     if _here(p.data.test):
         problems.load(p.test, benchmarks.protocol(p).n_problems)
 

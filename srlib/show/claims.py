@@ -241,10 +241,10 @@ def of_rewards(totals: Mapping[str, float]) -> None:
 
 def of_reinforcement(log: Sequence[Row]) -> None:
     """What the rollouts of the last fifth of the steps have over those of the first."""
-    n = max(1, len(log) // 5)
     values = {}
     for key in ("rewards/accuracy/mean", "offload_share"):
         some = [record[key] for record in log if key in record]
+        n = max(1, len(some) // 5)
         values[key] = float(np.mean(some[:n])), float(np.mean(some[-n:]))
     (before, after), (asked, asks) = values.values()
     steps = f"{before:.1%} in the first {n} step(s), {after:.1%} in the last"

@@ -51,21 +51,37 @@ def losses(curves: dict[str, Sequence[float]], steps: dict[str, Sequence[float]]
 def learning_curves(logs: dict[str, Sequence[dict]]) -> Figure:
     """Accuracy of the rollouts and offload share by GRPO step; single steps pale, a running mean in full colour.
 
+    Looks at held-out problems are points on a dashed line, and the one that is kept is a star.
+
     Args:
-        logs: name → the trainer's log, a record a step.
+        logs: name → the trainer's log, a record a step, and one a look.
     """
     figure, panels = _axes(10, 3.6, columns=2)
-    for axes, key, what in zip(panels, ("rewards/accuracy/mean", "offload_share"), ("accuracy", "offload share")):
+    keys = {
+        "accuracy": ("rewards/accuracy/mean", "eval_accuracy"),
+        "offload share": ("offload_share", "eval_offload_share"),
+    }
+    for axes, (what, (key, held_out)) in zip(panels, keys.items()):
         for name, log in logs.items():
             steps = [record["step"] for record in log if key in record]
             values = np.array([record[key] for record in log if key in record])
             if len(values):
-                _running_mean(axes, steps, values, max(1, len(log) // 15), label=label(name))
+                _running_mean(axes, steps, values, max(1, len(values) // 15), label=label(name))
+                _looks(axes, [record for record in log if held_out in record], held_out)
         axes.set(xlabel="GRPO step", ylabel=f"{what} of the rollouts")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if len(logs) > 1:
         panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     return figure
+
+
+def _looks(axes: Axes, seen: Sequence[dict], key: str) -> None:
+    """Looks, in the colour of the line before."""
+    colour = axes.lines[-1].get_color()
+    axes.plot([look["step"] for look in seen], [look[key] for look in seen], "o--", color=colour, markersize=4)
+    for look in seen:
+        if look["kept"] == 1:  # in a mean over seeds: by all of them
+            axes.plot(look["step"], look[key], "*", color=colour, markersize=14)
 
 
 def step_accuracy(table: dict[str, dict[str, tuple[int, int]]]) -> Figure:

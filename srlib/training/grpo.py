@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -28,11 +27,12 @@ from srlib.cost.latency import PairSpeed
 from srlib.data.problems import traces as load_traces
 from srlib.data.rows import Problem
 from srlib.engine.adapters import embedding_rows, pieces_of_tags, ready_for_trl
-from srlib.engine.models import device_of, dtype_of, load_model
+from srlib.engine.models import device_of, load_model
 from srlib.engine.protocol import Engine
 from srlib.params import Grpo, ModelSpec, Offload, Params
 from srlib.training.credit import Credited, unknown_logits
 from srlib.training.launch import on_one_device
+from srlib.training.looks import Looking, Looks, told
 from srlib.training.rewards import Rollout, Targets, pay, weights
 from srlib.training.rollouts import Rollouts, Synchronised
 from srlib.training.trainer import (
@@ -41,6 +41,7 @@ from srlib.training.trainer import (
     configured,
     fit,
     lora,
+    precision,
     run_name,
     save,
     step_of,
@@ -52,7 +53,7 @@ REFERENCE = "ref"
 TAKEN_OVER = ("use_vllm", "vllm_generation", "sync_weights", "_last_loaded_step")
 
 
-class _Trainer(NoStepAtZero, Credited):
+class _Trainer(NoStepAtZero, Credited, Looking):
     pass
 
 
@@ -67,6 +68,7 @@ def train(
     folder: Path,
     rollout_small: ModelSpec | None = None,
     fresh: LoraConfig | None = None,
+    validation: Sequence[Problem] = (),
 ) -> list[dict]:
     """Train the adapter of `tuned` further; it goes to `folder/adapter`, sampled completions to `folder/samples.jsonl`.
 
@@ -80,13 +82,18 @@ def train(
         speed: the latency model of the reward.
         rollout_small: the small model on vLLM, where it is to write the rollouts.
         fresh: the adapter to lay on `tuned`, where it has none.
+        validation: problems of the looks, where `config` asks for some; the adapter is then that of the best.
 
     Returns:
-        the trainer's log, a record a step: `reward`, `offload_share`, and each reward's mean.
+        the trainer's log, a record a step: `reward`, `offload_share`, and each reward's mean. Behind them a record a look:
+        `step`, `eval_reward`, `eval_accuracy`, `eval_offload_share`, and whether its adapter is the one that is `kept`.
 
     Raises:
-        SrlibError: there are fewer problems than a step has rollouts of, or going on cannot be credited with this model.
+        SrlibError: there are fewer problems than a step has rollouts of, none to look at, or going on cannot be credited
+            with this model.
     """
+    if config.eval_steps and not validation:
+        raise SrlibError(f"grpo.eval_steps is {config.eval_steps}, and there are no problems to look at: give some.")
     groups = config.batch_size // config.num_generations
     if len(problems) < groups:  # of which TRL would train no step, and say nothing
         raise SrlibError(
@@ -122,6 +129,10 @@ def train(
     )
     _check_privates(trainer)
     trainer.closes_as = rollouts.decides
+    if config.eval_steps:
+        where = folder / "trainer"
+        trainer.looks = Looks(rollouts, list(validation), _paid(paid, targets), config.eval_steps, where)
+        trainer.add_callback(trainer.looks)
     ready_for_trl(trainer.model)
     # TRL may have rounded the one, and its copy for the KL lacks the tags' rows; those of a fresh one are the model's
     for adapter in trainer.model.peft_config if tuned.adapter else ():
@@ -135,6 +146,8 @@ def train(
     checkpoint = taken_up(trainer)
     if trainer.accelerator.is_main_process:
         rollouts.forget_from(step_of(checkpoint))
+        if trainer.looks is not None:
+            trainer.looks.take_up(checkpoint)
         if checkpoint:  # where it lies beside the adapter, the Trainer takes up the reference alone
             shutil.rmtree(checkpoint / REFERENCE, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -144,6 +157,9 @@ def train(
         if rollouts.vllm is not None:
             rollouts.vllm.close()
     log = [record for record in trainer.state.log_history if "reward" in record]
+    if trainer.looks is not None:
+        log += told(trainer.state.log_history)
+        trainer.looks.put_back(trainer)
     save(trainer, log, folder)
     return log
 
@@ -187,7 +203,7 @@ def _arguments(tuned: ModelSpec, config: Grpo, offload: Offload, seed: int, fold
         reward_weights=list(weights(config).values()),
         max_completion_length=offload.max_tokens,
         gradient_checkpointing=config.gradient_checkpointing,
-        bf16=dtype_of(tuned) == torch.bfloat16,
+        **precision(tuned),
         use_cpu=device_of(tuned) == "cpu",
         logging_steps=1,
         save_steps=config.save_steps,
@@ -216,10 +232,37 @@ def check(p: Params) -> None:
 def run(p: Params, folder: Path, speed: PairSpeed) -> list[dict]:
     """`train` as the params ask for it, in this process."""
     tasks = load_traces(p, p.grpo.n_problems)
+    held = held_out(p, tasks) if p.grpo.eval_steps else []
     big = engine.load(p.big, p.rollout_slots) if p.grpo.rollout == "true_offload" else None
     small = p.rollout_small if p.grpo.use_vllm else None
     fresh = None if p.tuned.adapter else lora(p.sft.lora_rank, p.sft.lora_alpha, p.sft.lora, {})
-    return train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, folder, small, fresh)
+    return train(p.tuned, big, tasks, p.grpo, p.offload, speed, p.seed, folder, small, fresh, held)
+
+
+def held_out(p: Params, taken: list[Problem]) -> list[Problem]:
+    """`grpo.n_validation` problems, none of those `taken` to train on, which are the same as without looks.
+
+    Raises:
+        SrlibError: there are not so many.
+    """
+    n, asked = p.grpo.n_validation, {problem.prompt for problem in taken}
+    drawn = load_traces(p, len(taken) + n, seed=p.seed + 1)
+    others = [problem for problem in drawn if problem.prompt not in asked]
+    if len(others) < n:
+        raise SrlibError(
+            f"grpo.n_validation is {n}, but of {len(drawn)} problems only {len(others)} are others than those trained on: "
+            "lower it, or grpo.n_problems."
+        )
+    return others[:n]
+
+
+def _paid(paid: dict[str, float], targets: Targets) -> Callable[[list[Rollout]], float]:
+    """The mean of the weighted rewards of some rollouts."""
+
+    def reward(rollouts: list[Rollout]) -> float:
+        return sum(weight * sum(pay(name, rollouts, targets)) for name, weight in paid.items()) / len(rollouts)
+
+    return reward
 
 
 def _for_trl(name: str, targets: Targets, logs: bool) -> Callable[..., list[float]]:

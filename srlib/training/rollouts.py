@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -71,11 +72,7 @@ class Rollouts:
         """TRL's prompts are the numbers of problems: two of them may ask the same and have different answers."""
         step = trainer.state.global_step
         problems = [self.problems[int(number)] for number in numbers]
-        prompts = [problem.prompt for problem in problems]
-        if self.vllm is not None:
-            traces = self.write(self.vllm.engine, prompts, step)
-        else:
-            traces = self.write_with(trainer, prompts, step)
+        traces = self.written(trainer, [problem.prompt for problem in problems], step)
         rollouts = [self.rollout(*each) for each in zip(numbers, problems, traces)]
         if trainer.accelerator.is_main_process and step % self.config.sample_every == 0:
             with self.samples.open("a", encoding="utf-8") as file:
@@ -85,15 +82,29 @@ class Rollouts:
                     )
         return {**self.columns(traces), "rollout": rollouts}
 
-    def write_with(self, trainer: GRPOTrainer, prompts: list[str], step: int) -> list[Trace]:
-        """`write` with the model that is trained, as it is now."""
+    def look(self, trainer: GRPOTrainer, problems: list[Problem]) -> list[Rollout]:
+        """What the policy writes for `problems` as it stands, greedily; each process writes its share, and has them all."""
+        step, processes = trainer.state.global_step, trainer.accelerator.num_processes
+        if self.vllm is not None and trainer._last_loaded_step != step:  # as TRL does before rollouts
+            self.vllm.sync_weights()
+            trainer._last_loaded_step = step
+        share = list(enumerate(problems))[trainer.accelerator.process_index :: processes]
+        traces = self.written(trainer, [problem.prompt for _, problem in share], step, greedy=True) if share else []
+        made = [self.rollout(str(number), problem, trace) for (number, problem), trace in zip(share, traces)]
+        return sorted(gather_object(made), key=lambda each: int(each.group))
+
+    def written(self, trainer: GRPOTrainer, prompts: list[str], step: int, greedy: bool = False) -> list[Trace]:
+        """`write`, by vLLM or by the model that is trained, as it is now."""
+        if self.vllm is not None:
+            return self.write(self.vllm.engine, prompts, step, greedy)
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
             training = model.training
             model.eval()
-            slots = min(len(prompts), self.offload.slots)
+            at_once = min(self.offload.slots, self.config.batch_size // self.config.processes)
+            slots = min(len(prompts), at_once)
             small = TransformersEngine(model, self.tokenizer, slots, self.context)
             with rows_in_place(model):
-                traces = self.write(small, prompts, step)
+                traces = self.write(small, prompts, step, greedy)
             model.train(training)
         return traces
 
@@ -110,13 +121,15 @@ class Rollouts:
             "env_mask": [[int(each) for each in row] for row in learned],
         }
 
-    def write(self, small: Engine | None, prompts: list[str], step: int) -> list[Trace]:
-        """One trace a prompt, with the current weights; the seed moves on with the step."""
+    def write(self, small: Engine | None, prompts: list[str], step: int, greedy: bool = False) -> list[Trace]:
+        """One trace a prompt, with the current weights; the seed moves on with the step. Greedy: both models are."""
         alone = self.config.rollout == "self"
         settings = self.offload.settings
         # The big model answers as it will at inference; the small one draws from all tokens, as TRL takes for granted.
         settings["big_sampling"] = (settings["temperature"], settings["top_p"], settings["top_k"])
         settings.update(temperature=self.config.temperature, top_p=1.0, top_k=0)
+        if greedy:
+            settings.update(temperature=0.0, big_sampling=None)
         writer = Offloader(
             small,
             self.big,

@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from random import Random
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -27,7 +26,17 @@ from srlib.engine.adapters import add_tags, begin_as, embedding_rows, merge, pie
 from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
 from srlib.params import ModelSpec, Params, Sft
 from srlib.training.launch import on_one_device
-from srlib.training.trainer import NoStepAtZero, check_tracker, configured, fit, lora, run_name, save, taken_up
+from srlib.training.trainer import (
+    NoStepAtZero,
+    check_tracker,
+    configured,
+    fit,
+    lora,
+    precision,
+    run_name,
+    save,
+    taken_up,
+)
 
 LABEL_IGNORED = -100
 Example = dict[str, list[int]]
@@ -156,7 +165,7 @@ def _arguments(small: ModelSpec, config: Sft, n: int, seed: int, folder: Path) -
         eval_packing=False,
         padding_free=False,  # bfd sees to that itself
         **order,
-        bf16=dtype_of(small) == torch.bfloat16,
+        **precision(small),
         use_cpu=device_of(small) == "cpu",
         gradient_checkpointing=config.gradient_checkpointing,
         logging_steps=logging_steps,

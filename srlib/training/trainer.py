@@ -20,6 +20,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from srlib import SrlibError
 from srlib.data.rows import read_json, write_json
 from srlib.engine.adapters import write_adapter, write_model
+from srlib.engine.models import dtype_of
+from srlib.params.models import ModelSpec
 from srlib.params.names import unknown
 
 Config = TypeVar("Config")
@@ -76,6 +78,14 @@ def configured(kind: type[Config], setting: str, more: dict[str, Any], /, **own:
     except Exception as error:  # of whatever kind the library's check raises
         said = " ".join(str(error).split())
         raise SrlibError(f"{setting}: {kind.__name__} refuses {', '.join(more)}: {said}") from None
+
+
+def precision(spec: ModelSpec) -> dict[str, bool]:
+    """What a trainer is told of the dtype of a model: mixed precision, in which what is trained stays in fp32.
+
+    In fp16 losses are scaled, lest small gradients vanish; on a CPU accelerate leaves that out.
+    """
+    return {"bf16": dtype_of(spec) == torch.bfloat16, "fp16": dtype_of(spec) == torch.float16}
 
 
 def check_tracker(report_to: str, setting: str) -> None:

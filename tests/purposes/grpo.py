@@ -56,6 +56,8 @@ class Trained:
     parts: list[Part] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)  # what the rollouts of each step gave TRL
     engines: list = field(default_factory=list)  # that wrote the small model's part of each
+    looks: list = field(default_factory=list)  # the same of each look
+    asked: list[list[str]] = field(default_factory=list)  # the prompts of each of both
     saved: list[int] = field(default_factory=list)  # the steps of the checkpoints
     vllm: list = field(default_factory=list)  # the specs of what was to be loaded on vLLM
 
@@ -84,7 +86,9 @@ def models(case: Case) -> dict[str, str]:
         make_tuned(folder)
         random_model(len(arith.tokenizer()), 2).save_pretrained(folder / "big")
         arith.tokenizer().save_pretrained(folder / "big")
-        write_jsonl(folder / "problems.jsonl", islice(arith.generate(Arith(min_steps=1, max_steps=2), "traces", 0), 16))
+        every = [*islice(arith.generate(Arith(min_steps=1, max_steps=2), "traces", 0), 160)]
+        for name, n in (("problems", 16), ("many", 160)):
+            write_jsonl(folder / f"{name}.jsonl", every[:n])
 
     folder = case.fixture("once")("grpo_purposes", fill)
     return {
@@ -98,6 +102,14 @@ def models(case: Case) -> dict[str, str]:
 
 def params(case: Case, **changes) -> Params:
     return case.params({**BASE, **models(case), **{f"grpo.{name}": value for name, value in changes.items()}})
+
+
+def looking(case: Case, **changes) -> Trained:
+    """`trained` on a set that has problems to look at, too."""
+    paths = models(case)
+    paths["data.traces"] = paths["data.traces"].replace("problems", "many")
+    p = case.params({**BASE, **paths, **{f"grpo.{name}": value for name, value in changes.items()}})
+    return once(DONE, p, lambda patch: _trained(p, case.folder, patch))
 
 
 def trained(case: Case, **changes) -> Trained:
@@ -144,9 +156,10 @@ def _trained(p: Params, folder: Path, patch: pytest.MonkeyPatch) -> Trained:
             seen.steps.append({**super().__call__(numbers, trainer), "numbers": numbers})
             return {name: values for name, values in seen.steps[-1].items() if name != "numbers"}
 
-        def write(self, small, prompts, step):
-            seen.engines.append(small)
-            return super().write(small, prompts, step)
+        def write(self, small, prompts, step, greedy=False):
+            (seen.looks if greedy else seen.engines).append(small)
+            seen.asked.append(prompts)
+            return super().write(small, prompts, step, greedy)
 
     def loading(spec, slots=64):
         if spec.engine != "vllm":
@@ -337,6 +350,20 @@ def divisor_of_advantages(case: Case) -> None:
     total = reward(seen, "accuracy") + 0.25 * reward(seen, "latency") + reward(seen, "coverage")
     by_hand = (total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-4)
     assert in_order(seen.parts[0].advantages) == pytest.approx(in_order(by_hand), abs=1e-3)
+
+
+@shows("grpo.eval_steps")
+def steps_between_looks(case: Case) -> None:
+    seen = looking(case, eval_steps=2, max_steps=5)
+    assert [record["step"] for record in seen.log if "eval_reward" in record] == [2, 4, 5]
+    assert len(seen.looks) == 3
+
+
+@shows("grpo.n_validation")
+def problems_of_a_look(case: Case) -> None:
+    seen = looking(case, n_validation=3, eval_steps=2)
+    asked = {len(prompts) for prompts in seen.asked}
+    assert asked == {16, 3} and not {*seen.asked[0]} & {*seen.asked[-1]}
 
 
 @shows("grpo.save_steps")

@@ -183,6 +183,7 @@ def where_the_weights_go(case: Case) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models.torch.cuda, "is_available", lambda: True)
+        patch.setattr(models.torch.cuda, "is_bf16_supported", lambda including_emulation: True)
         patch.setattr(models.AutoModelForCausalLM, "from_pretrained", loaded)
         for device in ("cuda:1", "cpu"):
             with pytest.raises(ImportError, match="far enough"):
