@@ -59,12 +59,15 @@ def test_each_process_loads_on_its_own_device():
     assert launch.placed(p, torch.device("cpu")) == p
 
 
-def test_two_processes_are_one_with_the_same_batch(tuned, tmp_path, capfd):  # noqa: F811
-    """Of stage 02: same losses, nearly the same adapter, though its parts are other; written and told once."""
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_processes_are_one_with_the_same_batch(tuned, tmp_path, capfd, method):  # noqa: F811
+    """Of stage 02: same losses, nearly the same weights, though its parts are other; written and told once."""
     rows = [row.model_copy(update={"prompt": f"{i}*{i}+1?"}) for i, row in enumerate(annotated(16))]
     long = rows[0].model_copy(update={"prompt": "1" * 200, "id": "long"})
     write_jsonl(tmp_path / "annotated.jsonl", [*rows, long])
     given = {"annotated": str(tmp_path / "annotated.jsonl"), "epochs": 2, "batch_size": 8, "max_length": 128}
+    given |= {"method": method, "learning_rate": 3e-3 if method == "lora" else 1e-4}
+    made = ["adapter", "log.json", "merged"] if method == "lora" else ["log.json", "model"]
     p = Params(
         run="run",
         threads=1,
@@ -81,10 +84,9 @@ def test_two_processes_are_one_with_the_same_batch(tuned, tmp_path, capfd):  # n
     assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], abs=1e-4)
     assert [record["step"] for record in two] == [record["step"] for record in one] == [1, 2, 3, 4]
     folders = [tmp_path / "one", p.run_dir / "02_sft"]
-    assert [sorted(file.name for file in folder.iterdir()) for folder in folders] == [
-        ["adapter", "log.json", "merged"]
-    ] * 2
-    first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
+    assert [sorted(file.name for file in folder.iterdir()) for folder in folders] == [made] * 2
+    weights = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
+    first, second = (load_file(folder / weights) for folder in folders)
     assert first.keys() == second.keys()
     for name in first:
         assert torch.allclose(first[name], second[name], atol=1e-4), name
@@ -94,7 +96,9 @@ def test_two_processes_are_one_with_the_same_batch(tuned, tmp_path, capfd):  # n
 @pytest.mark.parametrize("name", launch.SHARDING)
 def test_what_shares_out_a_model_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.setenv(name, "true")
-    with pytest.raises(SrlibError, match=f"{name} is true, but an adapter is saved from one process.*: unset {name}"):
+    with pytest.raises(
+        SrlibError, match=f"{name} is true, but what is trained is saved from one process.*: unset {name}"
+    ):
         launch.launch(sft.run, 2, load("params/smoke.yaml"), tmp_path)
 
 

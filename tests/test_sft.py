@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import Qwen2ForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from srlib import SrlibError, engine
@@ -239,6 +240,12 @@ def test_packed_traces_are_trained_on_once_and_do_not_see_each_other(saved, toke
     assert sorted(found) == sorted([each["input_ids"], each["labels"]] for each in taught)
     assert log["loss"] == pytest.approx(plain["loss"], abs=1e-5)
     assert held_out["eval_loss"] == pytest.approx(held["eval_loss"], abs=1e-5)
+
+
+def test_an_attention_that_may_not_know_of_packing_is_refused(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(Qwen2ForCausalLM, "_supports_attention_backend", False)
+    with pytest.raises(SrlibError, match="sft.packing is true, but .*small has an attention of its own"):
+        sft.train(saved(True), annotated(4), Sft(packing=True), 0, tmp_path)
 
 
 def test_the_schedule_counts_packed_rows(saved, tmp_path, batches):

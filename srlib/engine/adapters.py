@@ -49,10 +49,8 @@ def begin_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: 
                 f"sft.tag_init holds {text!r}, of which the tokenizer of {tokenizer.name_or_path} can only write {known!r}; "
                 "give words that it knows."
             )
-    for weight in {
-        model.get_input_embeddings().weight,
-        model.get_output_embeddings().weight,
-    }:  # one, where they are tied
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # one, where they are tied
+    for weight in ends:
         for tag, ids in zip(pieces_of_tags(tokenizer), rows, strict=True):
             weight.data[tag] = weight.data[ids].float().mean(0)
 
@@ -83,9 +81,7 @@ def ready_for_trl(model: PreTrainedModel) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' packing for inference has no backward
             module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
-        if (
-            parameter.requires_grad
-        ):  # in bfloat16, as TRL casts adapters on quantised weights, small steps round to none
+        if parameter.requires_grad:  # in bfloat16, which TRL casts some adapters to, a small step would round to none
             parameter.data = parameter.data.float()
 
 

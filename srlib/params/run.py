@@ -81,7 +81,7 @@ class Params(Section):
         if not small.merge or small.quantization != "none":
             held = "merge is false" if not small.merge else f"quantization is {small.quantization}"
             raise ValueError(
-                f"stage 02 merges pair.small.adapter into the weights before it trains an adapter of its own, and "
+                f"stage 02 merges pair.small.adapter into the weights before it trains, and "
                 f"pair.small.{held}; set merge to true and quantization to none"
             )
         return self

@@ -24,6 +24,7 @@ from srlib.data.rows import Annotated, read_jsonl
 from srlib.data.spans import OPEN
 from srlib.engine.adapters import add_tags, begin_as, embedding_rows, merge, pieces_of_tags, ready_for_trl
 from srlib.engine.models import device_of, dtype_of, fit_embeddings, load_model
+from srlib.engine.slots import ATTENTION
 from srlib.params import ModelSpec, Params, Sft
 from srlib.training.launch import on_one_device
 from srlib.training.trainer import (
@@ -71,8 +72,8 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
         out, records with `step`, `epoch` and `eval_loss`, theirs, the mean of its batches, too.
 
     Raises:
-        SrlibError: no trace has a span, none is within `max_length`, or none is left to train on; single ones beyond
-            `max_length` are left out and told.
+        SrlibError: no trace has a span, none is within `max_length`, or none is left to train on (single ones beyond
+            `max_length` are left out and told); or words, packing or a model that do not go together.
     """
     if not any(row.spans for row in rows):
         raise SrlibError("No annotated trace has a span, so there is nothing to learn: lower annotate.threshold.")
@@ -88,6 +89,11 @@ def train(small: ModelSpec, rows: list[Annotated], config: Sft, seed: int, folde
     known = OPEN in tokenizer.get_vocab()  # to a model that was taught already
     tokens = add_tags(tokenizer) if config.tags == "token" else pieces_of_tags(tokenizer)
     fit_embeddings(model, tokenizer)
+    if config.packing and model.config._attn_implementation != ATTENTION:
+        raise SrlibError(
+            f"sft.packing is true, but {small.path} has an attention of its own, in which traces of one row may see each "
+            "other; set it to false."
+        )
     if config.tag_init is not None and not known:
         begin_as(model, tokenizer, config.tag_init)
     examples = [example(tokenizer, row, hint) for row in rows]
