@@ -171,6 +171,23 @@ def command_line(*arguments):
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels(request, once):
+    """Kernels of notebooks begin in no time, whoever starts them; see `forked.py`."""
+    if not any("notebooks" in item.keywords for item in request.session.items):
+        return
+
+    def serve(folder):
+        file = Path(__file__).with_name("forked.py")
+        argv = [sys.executable, "-S", str(file), "ask", str(folder / "server"), "-f", "{connection_file}"]
+        (folder / "kernels" / "python3").mkdir(parents=True)
+        spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
+        (folder / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+        subprocess.Popen([sys.executable, str(file), "serve", str(folder / "server")])  # ends with this worker
+
+    os.environ["JUPYTER_PATH"] = str(once("kernels", serve))
+
+
 @pytest.fixture(scope="session")
 def finished(once):
     """A complete smoke run: the folder that holds it, and what was printed."""

@@ -13,7 +13,7 @@ from srlib.decoding.published import Published
 from srlib.decoding.scheduler import Offloader
 from srlib.decoding.trace import Handover, Trace
 from srlib.engine.models import deepen
-from srlib.params import ModelSpec
+from srlib.params import ModelSpec, load
 
 
 @pytest.mark.parametrize("process", [False, True])
@@ -36,13 +36,18 @@ def test_inert_layers_are_computed_and_change_no_token(process, folders, engines
         assert all(layer.mlp.up_proj.weight.abs().min() > 0 for layer in layers)  # nothing an engine could leave out
 
 
+def test_without_a_ratio_nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr(engine, "load", lambda *_: pytest.fail("loaded"))
+    assert speed.run(load("params/smoke.yaml"), [], 1, 1) == []
+
+
 def test_what_gets_no_inert_layers(folders, tmp_path, monkeypatch):
     from srlib.engine import models
 
-    load = models.load_model
+    load_model = models.load_model
 
     def other(spec):
-        model, tokenizer = load(spec)
+        model, tokenizer = load_model(spec)
         for layer in model.model.layers:
             layer.mlp = None
         return model, tokenizer

@@ -87,7 +87,7 @@ def run(
             raise SrlibError(f"{spec.path} runs on {spec.engine}; inert layers are measured on transformers.")
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as made:
-        for batch in p.bench.speed_batches:
+        for batch in p.bench.speed_batches if ratios else []:
             most = slots_for(batch, p.offload.oversubscribe)
             # the public code's way has a sequence for every prefix of a chunk
             small = engine.load(p.tuned.model_copy(update={"process": False}), most * (1 + p.offload.control_chunk))

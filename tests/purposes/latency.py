@@ -172,6 +172,9 @@ def costs_that_are_measured(case: Case) -> None:
             "small": SimpleNamespace(running=False),
             "big": SimpleNamespace(running=False),
         }
-        exec("from srlib.data.rows import write_json\nfrom srlib.show.tables import table", scope)
+        exec(
+            "from srlib.data.rows import write_json\nfrom srlib.show import timing\nfrom srlib.show.tables import table",
+            scope,
+        )
         run_cells("07_latency", scope, "speed.run(")
     assert asked == [(p, [3.0], p.latency.n_check)]
