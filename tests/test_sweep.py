@@ -40,6 +40,11 @@ def test_another_name_for_the_base_run():
     assert all(p.base.folder == str(bases[0].run_dir) for _, p in runs)
 
 
+def test_values_that_differ_in_signs_alone_have_folders_of_their_own():
+    _, _, runs = sweep.combinations(sweep.plan("params/cpu.yaml", ['sft.tag_init=["=", ";"],["=", "+"],["=", "*"]']))
+    assert len(runs) == 3 == len({p.run_dir for _, p in runs})
+
+
 def test_what_is_touched_is_done_again():
     plan = sweep.plan("params/cpu.yaml", ["annotate.threshold=0.1,1"])
     _, _, runs = sweep.combinations(plan)

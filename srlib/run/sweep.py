@@ -8,6 +8,7 @@ sweep that was killed, or had a failure, goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -130,6 +131,8 @@ def combinations(chosen: Plan) -> tuple[Params, dict[int, Params], list[tuple[Co
             values = dict(zip(chosen.vary, point))
             label = visible(", ".join(f"{name}={_plain(value)}" for name, value in zip(names, point))) or "fixed"
             folder = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{label}-seed{seed}".replace("=", "-"))
+            if any(p.run == folder for _, p in runs):  # of values that differ in signs alone
+                folder += f"-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
             given = {"evaluate.policies": MEASURED, "evaluate.n_refused": 0, **chosen.fix, **values}
             place = {"seed": seed, "run": folder, "outputs": str(top.run_dir), "base": base}
             p = params.load(chosen.params, **{**given, **place})
