@@ -122,7 +122,8 @@ def combinations(chosen: Plan) -> tuple[Params, dict[int, Params], list[tuple[Co
     changed = {*chosen.vary, *chosen.fix} - set(for_base)
     own = _own(changed, plain)
     shared = [name for name in stages.STAGES if name not in own]
-    bases, runs = {}, []
+    bases: dict[int, Params] = {}
+    runs: list[tuple[Combination, Params]] = []
     for seed in chosen.seeds:
         run = plain.run if seed == plain.seed else f"{plain.run}-seed{seed}"
         bases[seed] = params.load(chosen.params, **{**for_base, "run": run, "seed": seed})
