@@ -392,7 +392,7 @@ def written_models(tmp_path) -> list[tuple[str, ModelSpec]]:
             if spec is None or spec.path is None:
                 continue
             folder = tmp_path / spec.path.replace("/", "-")
-            twins._config(spec.path, lambda told: None).save_pretrained(folder)
+            twins._config(spec.path, lambda told: None, None).save_pretrained(folder)
             found.append((where, spec.model_copy(update={"path": str(folder), "adapter": None})))
     return found
 
@@ -433,7 +433,7 @@ def test_the_flags_that_are_written_are_vllms(tmp_path):
     assert "node.yaml" in commands
     for name, flags in commands.items():
         p = params.load(ROOT / "params" / name)
-        twins._config(p.big.path, lambda told: None).save_pretrained(tmp_path / name)
+        twins._config(p.big.path, lambda told: None, None).save_pretrained(tmp_path / name)
         args = parser.parse_args(["--model", str(tmp_path / name), *(word for flag in flags for word in flag if word)])
         validate_parsed_serve_args(args)
         made = AsyncEngineArgs.from_cli_args(args).create_engine_config()
