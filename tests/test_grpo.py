@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import contextmanager
 from itertools import islice
 
 import pytest
@@ -216,23 +217,43 @@ def test_foreign_tokens_have_no_gradient(tuned, big, problems, tmp_path, monkeyp
     assert predicting[mask].max() > 0
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_a_killed_training_is_taken_up(tuned, big, problems, tmp_path, monkeypatch, beta):
-    config = CONFIG.model_copy(update={"beta": beta, "preset": "paper"})
-    whole = grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path / "whole")
-    assert not list((tmp_path / "whole").rglob("*.pt"))
+@pytest.fixture
+def killed(monkeypatch):
+    """Within `killed(step)` training is killed before the rollouts of that step; None: behind its last."""
 
     class Killed(BaseException):
         pass
 
-    def kill(self, prompts, trainer):
-        if trainer.state.global_step == 1:
-            raise Killed
-        return write(self, prompts, trainer)
-
     write = rollouts.Rollouts.__call__
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(rollouts.Rollouts, "__call__", kill)
+
+    def at_rollouts(self, numbers, trainer):
+        if trainer.state.global_step == at_rollouts.step:
+            raise Killed
+        return write(self, numbers, trainer)
+
+    def at_the_end(*arguments):
+        raise Killed
+
+    @contextmanager
+    def killing(step):
+        at_rollouts.step = step
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            if step is None:
+                patch.setattr(grpo, "save", at_the_end)
+            else:
+                patch.setattr(rollouts.Rollouts, "__call__", at_rollouts)
+            yield
+
+    return killing
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_a_killed_training_is_taken_up(tuned, big, problems, tmp_path, killed, beta):
+    config = CONFIG.model_copy(update={"beta": beta, "preset": "paper"})
+    whole = grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path / "whole")
+    assert not list((tmp_path / "whole").rglob("*.pt"))
+
+    with killed(1):
         grpo.train(tuned, big, problems, config, OFFLOAD, SPEED, 0, tmp_path / "cut")
     assert not (tmp_path / "cut" / "adapter").exists()
     with (tmp_path / "cut" / "samples.jsonl").open("a") as file:  # of the step that was not finished
@@ -247,19 +268,12 @@ def test_a_killed_training_is_taken_up(tuned, big, problems, tmp_path, monkeypat
 
 
 def test_a_training_that_is_killed_behind_its_last_step_only_writes_what_it_made(
-    tuned, big, problems, tmp_path, monkeypatch
+    tuned, big, problems, tmp_path, killed
 ):
     """Its checkpoint is of the last step, which lies within an epoch; no other step is taken."""
 
-    class Killed(BaseException):
-        pass
-
-    def stop(*arguments):
-        raise Killed
-
     whole = grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(grpo, "save", stop)
+    with killed(None):
         grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "cut")
     log = grpo.train(tuned, big, problems, CONFIG, OFFLOAD, SPEED, 0, tmp_path / "cut")
     assert [(r["step"], r["reward"]) for r in log] == [(r["step"], r["reward"]) for r in whole]

@@ -16,7 +16,7 @@ from srlib.params import Arith, Params
 from srlib.training import grpo, looks, rollouts
 from srlib.training.rewards import latency
 from tests.purposes.grpo import OnVllm
-from tests.test_grpo import CONFIG, OFFLOAD, SPEED, big, tuned  # noqa: F401  (fixtures)
+from tests.test_grpo import CONFIG, OFFLOAD, SPEED, big, killed, tuned  # noqa: F401  (fixtures)
 
 LOOKING = CONFIG.model_copy(update={"eval_steps": 1, "max_steps": 4, "save_steps": 2, "preset": "paper"})
 TRAINED, HELD = "reward", "eval_reward"
@@ -110,40 +110,22 @@ def test_the_first_of_the_best_is_kept(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("lost", "best"), [(0.1, 1), (5.0, 1), (0.1, 4)])
-def test_a_killed_training_keeps_the_best_of_before(train, tmp_path, monkeypatch, lost, best):
+def test_a_killed_training_keeps_the_best_of_before(train, tmp_path, monkeypatch, killed, lost, best):  # noqa: F811
     """Killed twice behind the checkpoint of step 2; what was best there, and what comes later, counts, and no more."""
 
-    class Killed(BaseException):
-        pass
-
-    def kill(self, numbers, trainer):
-        if trainer.state.global_step == 3:
-            raise Killed
-        return write(self, numbers, trainer)
-
-    write = rollouts.Rollouts.__call__
     spied = Adapters(monkeypatch, {1: 0.9, 2: 0.2, 3: lost, 4: 0.5 if best == 1 else 1.0})
-    with monkeypatch.context() as patch:
-        patch.setattr(rollouts.Rollouts, "__call__", kill)
-        for _ in range(2):
-            with pytest.raises(Killed):
-                train(tmp_path)
+    for _ in range(2):
+        with killed(3):
+            train(tmp_path)
     spied.values[3] = 0.3
     log = train(tmp_path)
     assert [record["step"] for record in log if HELD in record] == [1, 2, 3, 4]
     assert kept(log) == [spied.step_of(tmp_path)] == [best]
 
 
-def test_a_training_that_is_killed_behind_its_last_step_keeps_the_best(train, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    def stop(*arguments):
-        raise Killed
-
+def test_a_training_that_is_killed_behind_its_last_step_keeps_the_best(train, tmp_path, monkeypatch, killed):  # noqa: F811
     spied = Adapters(monkeypatch, {1: 0.0, 2: 0.0, 3: 1.0, 4: 0.0})
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(grpo, "save", stop)
+    with killed(None):
         train(tmp_path)
     assert kept(train(tmp_path)) == [spied.step_of(tmp_path)] == [3]
 

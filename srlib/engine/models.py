@@ -188,8 +188,7 @@ def load_tokenizer(spec: ModelSpec, local: bool = False) -> PreTrainedTokenizerB
     Raises:
         SrlibError: there is none.
     """
-    where = spec.adapter or spec.path
-    assert where is not None, "a model is named"
+    where = spec.top
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             where, local_files_only=local, **({} if spec.adapter else spec.pinned)

@@ -75,9 +75,7 @@ class ProcessEngine(Running):
         except EOFError:
             self.shutdown()
             raise SrlibError(f"The process of {spec.path} ended while it loaded; why stands above.") from None
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            spec.adapter or spec.path, **({} if spec.adapter else spec.pinned)
-        )
+        self.tokenizer = AutoTokenizer.from_pretrained(spec.top, **({} if spec.adapter else spec.pinned))
 
     def open(self, ids: list[int], sampling: Sampling = GREEDY) -> Sequence:
         """Begin a sequence; nothing is computed yet.

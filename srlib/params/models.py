@@ -94,6 +94,11 @@ class ModelSpec(Section):
         return self.path
 
     @property
+    def top(self) -> str:
+        """Where what was trained last lies, with the tokenizer: the adapter, or without one the model."""
+        return self.adapter or self.place
+
+    @property
     def pinned(self) -> dict[str, str]:
         """The revision as an argument of what loads the model; none where none is named."""
         return {} if self.revision is None else {"revision": self.revision}

@@ -55,7 +55,7 @@ def run(p: Params) -> dict[str, Any]:
         `machine`, and the `settings` that were `p.bench`.
     """
     most = max(p.bench.batch_sizes, default=1)
-    there = p.pair.tuned is not None or Path(p.tuned.adapter or p.tuned.place).exists()
+    there = p.pair.tuned is not None or Path(p.tuned.top).exists()
     tuned = p.tuned if there else p.small
     slots = slots_for(most, p.offload.oversubscribe)
     small, big = engine.load(tuned, slots), engine.load(p.big, slots)

@@ -166,7 +166,7 @@ def _chosen(p: Params, policy: str | None) -> str:
     if manifest.stages[maker]["parameters"]["pair.small"] != p.pair.small.model_dump():
         raise SrlibError(f"{maker} ran with another pair.small than the stages behind it: run those again, too")
     spec = _spec(p, policy)
-    if changed := manifest.changed(maker, _trained(spec)):
+    if changed := manifest.changed(maker, spec.top):
         raise SrlibError(f"{here(manifest.folder / maker / changed[0])} is not as {maker} left it; {again}")
     read = manifest.stages[maker]["inputs"].values()
     bases = [p.small.path, p.small.adapter, spec.path if maker == "03_grpo" else None]
@@ -181,11 +181,6 @@ def _spec(p: Params, policy: str) -> ModelSpec:
     return (p.reinforced if policy == "grpo" else p.tuned).model_copy(update={"device": "auto"})
 
 
-def _trained(spec: ModelSpec) -> Path:
-    """What a stage has trained: an adapter, or the whole model."""
-    return Path(spec.adapter or spec.place)
-
-
 def _results(p: Params, policy: str) -> tuple[list[Result], str]:
     """Rows of results.json, the policy's own the last; none, and why, if it was not measured as it is now."""
     manifest, file = Manifest(p, p.where(EVALUATION).parent), p.where(EVALUATION) / "results.json"
@@ -193,7 +188,7 @@ def _results(p: Params, policy: str) -> tuple[list[Result], str]:
         return [], f"{EVALUATION} is not complete"
     if manifest.changed(EVALUATION, file):
         return [], f"{here(file)} is not as {EVALUATION} left it"
-    if digests.of_path(_trained(_spec(p, policy))) not in manifest.stages[EVALUATION]["inputs"].values():
+    if digests.of_path(Path(_spec(p, policy).top)) not in manifest.stages[EVALUATION]["inputs"].values():
         return [], f"{EVALUATION} has not measured it, but another one"
     rows = read_json(file, list[Result], f"make it again: python -m srlib run … --only {EVALUATION}")
     own = [row for row in rows if row["policy"] == policy]

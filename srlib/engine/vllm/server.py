@@ -139,5 +139,5 @@ def served(url: str, spec: ModelSpec) -> tuple[str, int]:
         found = cards  # where the server is, the files have a name of their own
     if not found:
         names = ", ".join(card["id"] for card in cards)
-        raise SrlibError(f"The server at {url} does not serve {spec.adapter or spec.path}; it has {names}.")
+        raise SrlibError(f"The server at {url} does not serve {spec.top}; it has {names}.")
     return found[0]["id"], next(card["max_model_len"] for card in (*found, *cards) if card.get("max_model_len"))
